@@ -1,0 +1,30 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both create .venv where it is missing.
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint env help clean
+VENV ?= .venv
+DEMO ?= runs/demo
+export VENV
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | sort
+
+env:             ## create or update the virtual environment (CPU or CUDA build of PyTorch, whichever fits this machine)
+	@bash scripts/make_env.sh demo
+
+demo: env        ## the main job on the embedded cohort; ends in runs/demo/report.html
+	@$(VENV)/bin/engine demo $(DEMO)
+
+test:            ## lint, types and tests
+	@bash scripts/make_env.sh demo,test
+	@bash scripts/test_tools.sh
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+test-slow:       ## the expensive checks as well
+	@bash scripts/make_env.sh demo,test
+	@bash scripts/test_tools.sh
+	$(VENV)/bin/python -m pytest -m 'slow or not slow'
+
+clean:           ## remove the environment and the runs
+	rm -rf $(VENV) runs

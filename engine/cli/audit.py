@@ -1,0 +1,51 @@
+"""`engine audit` and `engine release`: may these synthetic data leave the building?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.cli.common import JsonFlag, Out, Seed, emit, finding_lines, progress_bar
+
+
+def audit(
+    train: Annotated[
+        Path, typer.Option("--train", help="What the model learned from: a panel, or a CSV or folder of scans.")
+    ],
+    holdout: Annotated[Path, typer.Option("--holdout", help="Real people the model never saw, of the same kind.")],
+    synthetic: Annotated[Path, typer.Option("--synthetic", help="What is to be released.")],
+    out: Out,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="YAML with thresholds; the default is documented in docs/audit.md.")
+    ] = None,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Copy audit with planted controls; writes audit.json and report.html; exits 3 when the verdict is not a pass."""
+    from engine.release.audit_run import audit_files
+
+    with progress_bar() as progress:
+        result = audit_files(train, holdout, synthetic, out, policy=policy, seed=seed, progress=progress)
+    emit(result, json, lambda r: [*finding_lines(r["findings"]), f"verdict: {r['verdict']}", f"report: {r['report']}"])
+    if result["verdict"] != "pass":
+        raise typer.Exit(3)
+
+
+def release(
+    source: Annotated[Path, typer.Argument(help="File or folder that was audited.")],
+    audit: Annotated[Path, typer.Option("--audit", help="audit.json of exactly these bytes.")],
+    out: Out,
+    json: JsonFlag = False,
+) -> None:
+    """Copy audited data to a release folder; refuses (exit 3) without a passing audit of exactly these bytes."""
+    from engine.release.manifest import release as make_release
+
+    emit(make_release(source, audit, out), json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main app."""
+    app.command()(audit)
+    app.command()(release)

@@ -1,0 +1,100 @@
+"""`engine genomics ...`: fit, sample, score and evaluate phased haplotype panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.cli.common import JsonFlag, Out, Overrides, Seed, Shard, emit, finding_lines, parse_shard, progress_bar
+
+app = typer.Typer(
+    no_args_is_help=True, help="Phased genotypes: fit a model to a panel, sample people, score, evaluate."
+)
+
+Panel = Annotated[Path, typer.Argument(help="Phased panel: .vcf.gz, .bcf or .pgen.")]
+Map = Annotated[
+    Path | None, typer.Option("--map", help="Genetic map (`pos chr cM`, PLINK .map or HapMap format), plain or gz.")
+]
+SamplesTable = Annotated[
+    Path | None, typer.Option("--samples", help="TSV: sample id, then a column `group` (or pop); sex optional.")
+]
+
+
+@app.command()
+def fit(
+    panel: Panel,
+    out: Out,
+    map: Map = None,
+    samples: SamplesTable = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML, see configs/genomics/.")] = None,
+    overrides: Overrides = None,
+    json: JsonFlag = False,
+) -> None:
+    """Fit a haplotype model to a panel and write a run folder."""
+    from engine.genomics.commands import fit_command
+
+    with progress_bar() as progress:
+        result = fit_command(
+            panel, map=map, samples=samples, config=config, overrides=overrides or [], out=out, progress=progress
+        )
+    emit(result, json)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Run folder written by `engine genomics fit`.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many people, over all shards.")],
+    out: Annotated[Path, typer.Option("--out", help="FILE.bcf, FILE.vcf.gz or FILE.pgen.")],
+    group: Annotated[
+        str | None, typer.Option("--group", help="Only this group; default: groups in the panel's proportions.")
+    ] = None,
+    seed: Seed = 0,
+    shard: Shard = "0/1",
+    json: JsonFlag = False,
+) -> None:
+    """Write synthetic people as phased genotypes."""
+    from engine.genomics.commands import sample_command
+
+    with progress_bar() as progress:
+        result = sample_command(run, n, group=group, seed=seed, shard=parse_shard(shard), out=out, progress=progress)
+    emit(result, json)
+
+
+@app.command()
+def score(
+    run: Annotated[Path, typer.Argument(help="Run folder written by `engine genomics fit`.")],
+    panel: Panel,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option("--leave-one-out", help="The panel is the training panel: exclude each person's own haplotypes."),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Exact log-likelihood of a panel's haplotypes, in nats."""
+    from engine.genomics.commands import score_command
+
+    with progress_bar() as progress:
+        result = score_command(run, panel, leave_one_out=leave_one_out, progress=progress)
+    emit(result, json)
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Option("--real", help="Held-out real panel.")],
+    synthetic: Annotated[Path, typer.Option("--synthetic", help="Synthetic panel.")],
+    train: Annotated[
+        Path | None, typer.Option("--train", help="Training panel: for copying and the real-versus-real floor.")
+    ] = None,
+    samples: SamplesTable = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for findings and figures.")] = None,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """How near a synthetic panel is to real held-out haplotypes, and how near to the training ones."""
+    from engine.genomics.commands import evaluate_command
+
+    with progress_bar() as progress:
+        result = evaluate_command(real, synthetic, train=train, samples=samples, out=out, seed=seed, progress=progress)
+    emit(result, json, lambda r: finding_lines(r["findings"]))

@@ -1,0 +1,29 @@
+"""The definition, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pack(alleles_ln: np.ndarray) -> np.ndarray:
+    """uint8 or bool (L, N) of 0 and 1 -> uint64 (L, ceil(N / 64))."""
+    sites, n = alleles_ln.shape
+    bytes_l = np.zeros((sites, (n + 63) // 64 * 8), dtype=np.uint8)
+    bytes_l[:, : (n + 7) // 8] = np.packbits(alleles_ln, axis=1, bitorder="little")
+    return bytes_l.view("<u8").astype(np.uint64, copy=False)
+
+
+def unpack(bits_lw: np.ndarray, n: int) -> np.ndarray:
+    """uint64 (L, W) -> uint8 (L, n)."""
+    bytes_l = np.ascontiguousarray(bits_lw.astype("<u8", copy=False)).view(np.uint8).reshape(bits_lw.shape[0], -1)
+    return np.unpackbits(bytes_l, axis=1, count=n, bitorder="little")
+
+
+def transpose(bits_lw: np.ndarray, n: int) -> np.ndarray:
+    """uint64 (L, W) -> uint64 (n, ceil(L / 64))."""
+    return pack(np.ascontiguousarray(unpack(bits_lw, n).T))
+
+
+def popcount_rows(bits_lw: np.ndarray) -> np.ndarray:
+    """int64 (L,) number of ones in each row."""
+    return np.bitwise_count(bits_lw).sum(axis=1, dtype=np.int64)
