@@ -15,8 +15,8 @@ from engine import devices
 from engine.provenance import commit
 
 _REQUIRED = (
-    "torch", "numpy", "numba", "triton", "scipy", "sklearn", "monai", "diffusers", "accelerate", "safetensors", "nibabel",
-    "pydicom", "pysam", "cyvcf2", "pgenlib", "pydantic", "typer", "rich", "jinja2", "matplotlib",
+    "torch", "numpy", "numba", "triton", "scipy", "sklearn", "monai", "diffusers", "accelerate", "safetensors",
+    "nibabel", "pydicom", "pysam", "cyvcf2", "pgenlib", "pydantic", "typer", "rich", "jinja2", "matplotlib",
 )  # fmt: skip
 _OPTIONAL = {
     "msprime": "pip install 'engine[demo]' to run the demo",

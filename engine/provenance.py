@@ -1,7 +1,7 @@
 """What made this folder: commit, command, resolved config, input hashes, versions, machine, seed.
 
-Every output folder carries `provenance.json`. Inputs are named by file name and hash only; no path of the machine and no
-user name is written, because records travel with releases.
+Every output folder carries `provenance.json`. Inputs are named by file name and hash only; no path of the machine and
+no user name is written, because records travel with releases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from engine.atomic import write_json
 
 SCHEMA = "engine.provenance/1"
 _PACKAGES = (
-    "torch", "numpy", "numba", "triton", "scipy", "scikit-learn", "monai", "diffusers", "accelerate", "nibabel", "pydicom",
+    "torch", "numpy", "numba", "triton", "scipy", "scikit-learn", "monai", "diffusers", "accelerate", "nibabel",
+    "pydicom",
     "highdicom", "pysam", "cyvcf2", "Pgenlib", "msprime", "nilearn",
 )  # fmt: skip
 

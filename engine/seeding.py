@@ -1,8 +1,8 @@
 """Counter-based random draws: what is drawn for item k depends on (seed, purpose, k) and on nothing else.
 
 So synthetic subject k is the same on one process or eight, in one job or a hundred array tasks, and after a requeue.
-Philox is the generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): its key is a hash of seed
-and purpose, its counter starts at the item's index, so that streams of different items never overlap.
+Philox is the generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): its key is a hash of
+seed and purpose, its counter starts at the item's index, so that streams of different items never overlap.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_a_folder_is_whole_or_absent_and_never_overwritten(tmp_path: Path) -> No
 def test_json_refuses_nan_and_takes_arrays(tmp_path: Path) -> None:
     atomic.write_json(tmp_path / "a.json", {"x": np.float32(1.5), "y": np.arange(2)})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5, "y": [0, 1]}
-    with pytest.raises(ValueError, match="JSON compliant|not JSON"):
+    with pytest.raises(ValueError, match=r"JSON compliant|not JSON"):
         atomic.write_json(tmp_path / "b.json", {"x": float("nan")})
     assert not (tmp_path / "b.json").exists()
 

@@ -1,4 +1,4 @@
-"""The house stands: imports point down, the kernels need only torch, numpy, numba and triton, no file is two rooms in one."""
+"""The house stands: imports point down, kernels need only a bare PyTorch, no file is two rooms in one."""
 
 from __future__ import annotations
 

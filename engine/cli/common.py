@@ -80,7 +80,7 @@ def finding_lines(findings: list[dict[str, Any]]) -> list[str]:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """A progress callback `(what, done, total)` drawn with rich on a terminal, as plain lines at every tenth elsewhere."""
+    """A callback `(what, done, total)`: a bar drawn with rich on a terminal, a plain line at every tenth elsewhere."""
     if quiet:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():

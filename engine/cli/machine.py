@@ -35,7 +35,7 @@ def demo(
     seed: Seed = 0,
     json: JsonFlag = False,
 ) -> None:
-    """The main job on the embedded cohort: make, fit, generate, evaluate, audit, release, report; resumes what is half done."""
+    """The main job on the embedded cohort, from files to the release; goes on where an earlier run stopped."""
     from engine.demo import run_demo, summary_lines
 
     with progress_bar() as progress:

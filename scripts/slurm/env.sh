@@ -5,7 +5,7 @@
 # module load python/3.12 cuda/13       # whatever the site calls them
 
 # The checkout that holds .venv (made with `make env` on a login node).
-export ENGINE_HOME=${ENGINE_HOME:-$SLURM_SUBMIT_DIR}
+export ENGINE_HOME=${ENGINE_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 # Fast scratch of the node; results are written to the paths given to the job, never only here.
 export TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
 
@@ -14,5 +14,5 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export NUMBA_NUM_THREADS=$OMP_NUM_THREADS
 export MKL_NUM_THREADS=$OMP_NUM_THREADS
 
-# shellcheck disable=SC1091
+# shellcheck disable=SC1090,SC1091
 source "$ENGINE_HOME/${VENV:-.venv}/bin/activate"
