@@ -2,7 +2,7 @@
 
 `bits_lw` (L sites, W = ceil(N / 64) words, uint64) holds haplotype n of site l at word n // 64, bit n % 64, least
 significant bit first; 1 is ALT. Unused high bits are zero. `bits_nw` is the same with sites and haplotypes exchanged.
-A plane of missing genotypes has the same shape. Triton takes and gives torch tensors of int64 with the same bit patterns.
+A plane of missing genotypes has the same shape. Triton takes and gives torch int64 tensors of the same bit patterns.
 
 What the bits mean (which allele, which person) is left to the rooms above.
 """
@@ -45,7 +45,9 @@ def pack(alleles_ln: Any, *, implementation: Implementation | None = None) -> An
     if str(alleles_ln.dtype).removeprefix("torch.") not in ("uint8", "bool"):
         raise UsageError("alleles_ln of type uint8 or bool", str(alleles_ln.dtype), "bits.pack")
     if str(alleles_ln.dtype).endswith("uint8") and 0 not in alleles_ln.shape and int(alleles_ln.max()) > 1:
-        raise UsageError("alleles 0 and 1", f"value {int(alleles_ln.max())}", "bits.pack", "a separate plane for missing")
+        raise UsageError(
+            "alleles 0 and 1", f"value {int(alleles_ln.max())}", "bits.pack", "a separate plane for missing"
+        )
     return chosen.pack(alleles_ln)
 
 

@@ -1,4 +1,4 @@
-"""Bits on the CPU. The transpose goes in 64 x 64 blocks (Hacker's Delight, section 7-3), so that the matrix is never unpacked.
+"""Bits on the CPU. The transpose goes in 64 x 64 blocks (Hacker's Delight, section 7-3); nothing is unpacked.
 
 Eight word columns are read at a time: a cache line of the input serves eight blocks.
 """
@@ -85,7 +85,7 @@ def _transpose_block(block: np.ndarray) -> None:
 def _transpose(bits_lw: np.ndarray, bits_nw: np.ndarray) -> None:
     sites, columns = bits_lw.shape
     n, out_words = bits_nw.shape
-    blocks = np.empty((_COLUMNS, 64), dtype=np.uint64)
+    blocks = np.zeros((_COLUMNS, 64), dtype=np.uint64)
     for first_column in range(0, columns, _COLUMNS):
         count = min(_COLUMNS, columns - first_column)
         for out_word in range(out_words):

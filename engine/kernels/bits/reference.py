@@ -15,7 +15,7 @@ def pack(alleles_ln: np.ndarray) -> np.ndarray:
 
 def unpack(bits_lw: np.ndarray, n: int) -> np.ndarray:
     """uint64 (L, W) -> uint8 (L, n)."""
-    bytes_l = np.ascontiguousarray(bits_lw.astype("<u8", copy=False)).view(np.uint8).reshape(bits_lw.shape[0], -1)
+    bytes_l = np.ascontiguousarray(bits_lw.astype("<u8", copy=False)).view(np.uint8)
     return np.unpackbits(bytes_l, axis=1, count=n, bitorder="little")
 
 
