@@ -1,0 +1,129 @@
+"""`GenotypeData`: what every genotype file is read into and written from, one bit per allele.
+
+The readers and writers of one format each live beside this module. Groups, genetic positions and whatever else a model
+needs are added above, in the genomics room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.errors import InputError
+from engine.kernels import bits
+
+_BLOCK_BYTES = 32 << 20  # unpacked alleles held at one time while haplotypes are selected
+
+
+@dataclass
+class GenotypeData:
+    """Genotypes as packed bits, one row per ALT allele.
+
+    Attributes:
+        bits_lw: uint64 (L, ceil(N / 64)); 1 = this row's ALT allele (layout: `engine.kernels.bits`).
+        n_haplotypes: N.
+        missing_lw: uint64 of the same shape, 1 = not called (the allele bit is then 0); None where nothing is missing.
+        phased: False where a called heterozygous genotype is unphased.
+        contig: str (L,).
+        position_bp: int64 (L,), 1-based, as in VCF.
+        id, ref, alt: object (L,) of str; "." is no id, and as `alt` no alternative allele.
+        alt_index: int16 (L,), which ALT (1, 2, ...) of a multiallelic record this row is; 0 = the record had one ALT.
+        sample_ids: S names.
+        haplotypes_of_sample: int64 (S + 1,), sample s owns haplotypes [h[s], h[s+1]): two if diploid, one if haploid.
+        contig_length: length in bp of every contig whose length is known.
+        assembly: name of the genome build, where stated.
+        notes: what a reader had to decide, one sentence each.
+    """
+
+    bits_lw: np.ndarray
+    n_haplotypes: int
+    missing_lw: np.ndarray | None
+    phased: bool
+    contig: np.ndarray
+    position_bp: np.ndarray
+    id: np.ndarray
+    ref: np.ndarray
+    alt: np.ndarray
+    alt_index: np.ndarray
+    sample_ids: list[str]
+    haplotypes_of_sample: np.ndarray
+    contig_length: dict[str, int] = field(default_factory=dict)
+    assembly: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sites = len(self.position_bp)
+        shape = (sites, bits.words(self.n_haplotypes))
+        if self.bits_lw.shape != shape or self.bits_lw.dtype != np.uint64:
+            raise ValueError(f"bits_lw must be uint64 {shape}, got {self.bits_lw.dtype} {self.bits_lw.shape}")
+        if self.missing_lw is not None and self.missing_lw.shape != shape:
+            raise ValueError(f"missing_lw must have shape {shape}, got {self.missing_lw.shape}")
+        for name in ("contig", "id", "ref", "alt", "alt_index"):
+            if len(getattr(self, name)) != sites:
+                raise ValueError(f"{name} must have {sites} entries, got {len(getattr(self, name))}")
+        first = self.haplotypes_of_sample
+        if len(first) != len(self.sample_ids) + 1 or first[0] != 0 or first[-1] != self.n_haplotypes:
+            raise ValueError(
+                "haplotypes_of_sample must run from 0 to n_haplotypes, one entry more than there are samples"
+            )
+        if not np.isin(np.diff(first), (1, 2)).all():
+            raise ValueError("every sample must own one or two haplotypes")
+
+    @property
+    def n_sites(self) -> int:
+        """Number of rows L."""
+        return len(self.position_bp)
+
+
+def check_sorted(contig: Iterable[str], position_bp: np.ndarray, where: object) -> None:
+    """Raise InputError unless contigs are contiguous and positions do not decrease within each."""
+    names = np.asarray(contig)
+    if len(names) == 0:
+        return
+    change = np.flatnonzero(names[1:] != names[:-1]) + 1
+    starts = names[np.r_[0, change]]
+    if len(set(starts.tolist())) != len(starts):
+        seen: set[str] = set()
+        for start, name in zip(np.r_[0, change], starts.tolist()):
+            if name in seen:
+                raise InputError(
+                    "each contig in one stretch", f"{name} again at site {start + 1}", where, "bcftools sort"
+                )
+            seen.add(name)
+    back = np.flatnonzero((np.diff(position_bp) < 0) & (names[1:] == names[:-1]))
+    if len(back):
+        at = int(back[0]) + 1
+        raise InputError(
+            "positions in ascending order",
+            f"{names[at]}:{position_bp[at]} after {names[at]}:{position_bp[at - 1]} (site {at + 1})",
+            where,
+            "bcftools sort",
+        )
+
+
+def take_haplotypes(bits_lw: np.ndarray, n: int, index: np.ndarray) -> np.ndarray:
+    """Packed columns `index` (int64, any order) of bits_lw; works through blocks of sites to hold memory down."""
+    out_lw = np.zeros((bits_lw.shape[0], bits.words(len(index))), dtype=np.uint64)
+    block = max(1, _BLOCK_BYTES // max(1, n))
+    for start in range(0, bits_lw.shape[0], block):
+        alleles_ln = bits.unpack(bits_lw[start : start + block], n)
+        out_lw[start : start + block] = bits.pack(np.ascontiguousarray(alleles_ln[:, index]))
+    return out_lw
+
+
+def haplotype_index(first_haplotype: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Haplotypes of the chosen samples in their order, and their new offsets (S' + 1,)."""
+    count = np.diff(first_haplotype)[samples]
+    offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+    index = np.repeat(first_haplotype[:-1][samples] - offsets[:-1], count) + np.arange(offsets[-1])
+    return index.astype(np.int64), offsets
+
+
+def tail_mask(n: int) -> np.ndarray:
+    """uint64 (ceil(n / 64),) with ones at the n bits in use."""
+    mask = np.full(bits.words(n), np.uint64(0xFFFFFFFFFFFFFFFF))
+    if n % 64:
+        mask[-1] = np.uint64((1 << (n % 64)) - 1)
+    return mask
