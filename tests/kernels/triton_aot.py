@@ -1,0 +1,61 @@
+"""Compiles Triton kernels for GPUs that are not here. A script, because Triton decides at import whether it interprets.
+
+Reads a JSON list of jobs from standard input and writes a JSON list of results to standard output. A job is
+{"module", "kernel", "signature": {argument: "*i32" | "i64" | ...}, "constexprs": {argument: value}, "num_warps", "arch"};
+arguments are in the kernel's order. Pointers are taken as divisible by 16, as a launch would find them. `arch` is 80 or 90 for
+NVIDIA, "gfx942" and the like for AMD. A result is {"kernel", "arch", "assembly"} or {"kernel", "arch", "error"}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of `jobs`, from this script in a process of its own without the interpreter."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(jobs), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def _compile(job: dict[str, Any]) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
+    names = list(kernel.arg_names)
+    given = job["signature"] | dict.fromkeys(job["constexprs"], "constexpr")
+    assert set(given) == set(names), f"arguments of {job['kernel']} are {names}, given {sorted(given)}"
+    signature = {name: given[name] for name in names}
+    pointers = {(names.index(name),): [["tt.divisibility", 16]] for name in names if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=job["constexprs"], attrs=pointers)
+    amd = isinstance(job["arch"], str)
+    target = GPUTarget("hip", job["arch"], 64) if amd else GPUTarget("cuda", job["arch"], 32)
+    options = {"num_warps": job.get("num_warps", 4)} | job.get("options", {})
+    return triton.compile(source, target=target, options=options).asm["amdgcn" if amd else "ptx"]
+
+
+def main() -> None:
+    results = []
+    for job in json.load(sys.stdin):
+        outcome = {"kernel": job["kernel"], "arch": job["arch"]}
+        try:
+            results.append(outcome | {"assembly": _compile(job)})
+        except Exception as error:
+            results.append(outcome | {"error": f"{type(error).__name__}: {error}"[-2000:]})
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
