@@ -1,0 +1,431 @@
+"""The Li-Stephens generator: synthetic haplotypes as imperfect mosaics of a reference panel, and their exact
+likelihood.
+
+`fit` keeps the packed panel, the genetic distances and the groups; `sample` draws copying paths first, which are small,
+and then materialises alleles; `log_likelihood` scores any haplotypes against the whole panel. The recursions themselves
+are in `engine.kernels.haplotype_hmm`.
+
+Conventions. With d_l the genetic distance in Morgans between site l-1 and l and K the number of haplotypes that may be
+copied, the probability of a switch is r_l = 1 - exp(-4 Ne d_l / K) (Li and Stephens, Genetics 165:2213, 2003, equation
+A1), after which the donor is uniform over the K, the last one included; an allele is copied wrongly with probability
+`mismatch`. Sampling copies within a group and K counts the haplotypes of that group; scoring copies from all groups and
+K counts all. Contigs are unlinked. A distance of 0 still leaves a switch probability of 1e-12: maps are flat where they
+are unresolved, but recombination is never impossible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine import seeding
+from engine.errors import InputError, UsageError, closest
+from engine.genomics.matching import common_sites
+from engine.genomics.panel import HaplotypePanel, Samples, Sites
+from engine.kernels import bits, haplotype_hmm
+
+LEAST_SWITCH = 1e-12
+DEFAULT_CM_PER_MB = 1.0
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+class LiStephensConfig(BaseModel):
+    """Settings of the copying model.
+
+    Attributes:
+        ne: effective population size, diploid people; scales how often the copied haplotype changes.
+        group_ne: Ne of single groups where it differs from `ne`.
+        mismatch: probability that an allele is copied wrongly, per site.
+        per_group: sample within groups; False pools the panel as one group named "all".
+        seed: seed of sampling where the caller names none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ne: float = Field(default=320_000.0, gt=0)
+    group_ne: dict[str, float] = {}
+    mismatch: float = Field(default=2e-4, ge=0, lt=0.5)
+    per_group: bool = True
+    seed: int = 0
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LiStephensConfig:
+    """Config from YAML (None: the defaults) with `key=value` or `group_ne.NAME=value` overrides.
+
+    Raises:
+        UsageError: unknown key (the nearest one is named), a value outside its range, or text that is not YAML.
+    """
+    where: object = path or "config"
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError("a YAML file", str(error).splitlines()[0], where) from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UsageError("a mapping of settings", type(values).__name__, where)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError("key=value", text, "--set")
+        outer, dot, inner = key.partition(".")
+        if dot:
+            values[outer] = {**(values.get(outer) or {}), inner: yaml.safe_load(value)}
+        else:
+            values[outer] = yaml.safe_load(value)
+    known = list(LiStephensConfig.model_fields)
+    for key in values:
+        if key not in known:
+            raise UsageError("a known setting", f"'{key}'", where, closest(str(key), known))
+    try:
+        return LiStephensConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{name}: {first['msg']}", repr(first["input"]), where) from None
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Copying paths of N haplotypes, in the form `haplotype_hmm.materialise` takes: segments and inverted alleles."""
+
+    segment_offset_n: np.ndarray
+    segment_start_s: np.ndarray
+    segment_donor_s: np.ndarray
+    flip_offset_n: np.ndarray
+    flip_site_f: np.ndarray
+
+
+@dataclass(frozen=True)
+class LiStephens:
+    """A fitted model.
+
+    Attributes:
+        config: settings.
+        bits_lw: uint64 (L, ceil(K/64)), the reference panel.
+        sites, samples, contig_length, assembly: of the reference panel.
+        distance_l: float64 (L,), Morgans from the site before; +inf at the first site of a contig.
+        mismatch_l: float64 (L,), copying error per site.
+        group_names: names in order of first appearance; ["all"] where the model does not tell groups apart.
+        group_of_haplotype_k: int32 (K,), index into group_names.
+        warnings: what had to be assumed, one sentence each; shown with every result.
+    """
+
+    config: LiStephensConfig
+    bits_lw: np.ndarray
+    sites: Sites
+    samples: Samples
+    contig_length: dict[str, int]
+    assembly: str | None
+    distance_l: np.ndarray
+    mismatch_l: np.ndarray
+    group_names: list[str]
+    group_of_haplotype_k: np.ndarray
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def k(self) -> int:
+        """Number of reference haplotypes."""
+        return int(self.samples.first_haplotype[-1])
+
+    @property
+    def n_sites(self) -> int:
+        return len(self.distance_l)
+
+    def hazard_l(self, ne: float, k: int) -> np.ndarray:
+        """float64 (L,): expected switches between site l-1 and l, 4 Ne d_l / K; 0 at the first site of a contig."""
+        return np.where(np.isfinite(self.distance_l), 4 * ne * self.distance_l / k, 0.0)
+
+    def switch_l(self) -> np.ndarray:
+        """float64 (L,): switch probabilities of scoring, over all K haplotypes; 1 at the first site of a contig."""
+        switch_l = -np.expm1(-self.hazard_l(self.config.ne, self.k))
+        return np.where(np.isfinite(self.distance_l), np.maximum(switch_l, LEAST_SWITCH), 1.0)
+
+    def group_proportions(self) -> np.ndarray:
+        """float64 (G,): share of the panel's people in each group."""
+        first_k = self.samples.first_haplotype[:-1]
+        counts = np.bincount(self.group_of_haplotype_k[first_k], minlength=len(self.group_names))
+        return counts / counts.sum()
+
+    def group_index(self, name: str) -> int:
+        """Index of a group; UsageError naming the nearest known group where there is none of this name."""
+        if name not in self.group_names:
+            folded = {known.lower(): known for known in self.group_names}
+            near = get_close_matches(name.lower(), list(folded), n=1, cutoff=0.3)
+            hint = f"'{folded[near[0]]}'" if near else closest(name, self.group_names)
+            raise UsageError("a group of the model", f"'{name}'", "group", hint)
+        return self.group_names.index(name)
+
+    def paths(
+        self,
+        n: int,
+        *,
+        groups: str | Sequence[str] | None = None,
+        seed: int = 0,
+        start: int = 0,
+        progress: Progress | None = None,
+    ) -> tuple[Paths, np.ndarray]:
+        """Copying paths of people start .. start+n-1, two haplotypes each, and the group of each person.
+
+        Person k's path depends on the model, `seed`, k and the group asked for, and on nothing else.
+
+        Args:
+            groups: None draws each person's group by the panel's proportions; one name for all; or n names.
+
+        Returns:
+            Paths of 2n haplotypes; int64 (n,) group indices.
+
+        Raises:
+            UsageError: n or start below 0, an unknown group, or a list of groups of another length.
+        """
+        if n < 0 or start < 0:
+            raise UsageError("n >= 0 and start >= 0", f"{n} and {start}", "sample")
+        if groups is None:
+            cumulative_g = np.cumsum(self.group_proportions())
+            drawn = [seeding.generator(seed, "genomics.li_stephens.group", k).random() for k in range(start, start + n)]
+            group_n = np.searchsorted(cumulative_g / cumulative_g[-1], np.array(drawn), side="right").astype(np.int64)
+        elif isinstance(groups, str):
+            group_n = np.full(n, self.group_index(groups), dtype=np.int64)
+        else:
+            if len(groups) != n:
+                raise UsageError(f"one group for each of {n} people", f"{len(groups)}", "sample")
+            group_n = np.array([self.group_index(name) for name in groups], dtype=np.int64)
+
+        contig_start = np.flatnonzero(np.isinf(self.distance_l))
+        donors_g = [np.flatnonzero(self.group_of_haplotype_k == g) for g in range(len(self.group_names))]
+        switch_g: dict[int, np.ndarray] = {}
+        # one ALT of a split multiallelic site cannot be inverted without regard to the others
+        mutable_l = np.where(self.sites.alt_index == 0, -np.log1p(-self.mismatch_l), 0.0)
+        mutation_l = np.cumsum(mutable_l)
+        starts, donors, flips = [], [], []
+        for at, g in enumerate(group_n.tolist()):
+            if g not in switch_g:
+                ne = self.config.group_ne.get(self.group_names[g], self.config.ne)
+                switch_g[g] = np.cumsum(self.hazard_l(ne, len(donors_g[g])))
+            rng = seeding.generator(seed, "genomics.li_stephens.path", start + at)
+            for _ in range(2):
+                begin = np.union1d(contig_start, _arrivals(switch_g[g], rng))
+                starts.append(begin)
+                donors.append(donors_g[g][rng.integers(0, len(donors_g[g]), len(begin))])
+                flips.append(_arrivals(mutation_l, rng))
+            if progress is not None and (at + 1 == n or at % 64 == 63):
+                progress(at + 1, n)
+        made = Paths(
+            _offsets(starts), _joined(starts), _joined(donors).astype(np.int32), _offsets(flips), _joined(flips)
+        )
+        return made, group_n
+
+    def materialise(self, paths: Paths, first_site: int = 0, stop_site: int | None = None) -> np.ndarray:
+        """Alleles of `paths` at sites first_site .. stop_site-1, packed (sites, ceil(N/64)): one block of a long
+        output."""
+        block_lw = self.bits_lw[first_site : self.n_sites if stop_site is None else stop_site]
+        return haplotype_hmm.materialise(
+            block_lw, self.k, paths.segment_offset_n, paths.segment_start_s, paths.segment_donor_s,
+            paths.flip_offset_n, paths.flip_site_f, first_site=first_site,
+        )  # fmt: skip
+
+    def sample(
+        self,
+        n: int,
+        *,
+        groups: str | Sequence[str] | None = None,
+        seed: int = 0,
+        start: int = 0,
+        progress: Progress | None = None,
+    ) -> HaplotypePanel:
+        """Synthetic people start .. start+n-1, diploid, named SYN000000000 and so on, with their groups.
+
+        Args and errors as for `paths`. The whole result is held in memory, 2 n L / 8 bytes.
+        """
+        paths, group_n = self.paths(n, groups=groups, seed=seed, start=start, progress=progress)
+        samples = Samples(
+            [f"SYN{k:09d}" for k in range(start, start + n)],
+            np.array(self.group_names, dtype=str)[group_n],
+            None,
+            2 * np.arange(n + 1, dtype=np.int64),
+        )
+        return HaplotypePanel(
+            self.materialise(paths), None, self.sites, samples, True, dict(self.contig_length), self.assembly
+        )
+
+    def log_likelihood(
+        self,
+        panel: HaplotypePanel,
+        *,
+        leave_one_out: bool = False,
+        intersect: bool = False,
+        progress: Progress | None = None,
+        implementation: str | None = None,
+    ) -> np.ndarray:
+        """Log-probability of each haplotype of `panel` as a mosaic of all K reference haplotypes, nats.
+
+        Missing alleles are summed over. The panel need not be ordered as the model's; its sites must be the same.
+
+        Args:
+            leave_one_out: the panel's people are in the reference: each is scored without any haplotype of that person,
+                because two haplotypes of one person can be related. Ids and alleles must agree.
+            intersect: score a panel that lacks some of the model's sites (taken as missing) or has others (left out).
+
+        Returns:
+            float64 (N,).
+
+        Raises:
+            InputError: unphased panel, other sites, or with leave_one_out people who are not those of the reference.
+        """
+        if not panel.phased:
+            raise InputError("a phased panel", "unphased genotypes", "score", "phase it, e.g. with SHAPEIT5 or Beagle")
+        own_l, panel_l = common_sites({"model": self.sites, "panel": panel.sites}, intersect=intersect)
+        panel = panel.select(sites=panel_l)
+        exclude_ne = self._own_haplotypes(panel, own_l) if leave_one_out else None
+        switch_l, bits_nw = self.switch_l(), panel.haplotype_major()
+        missing_nw = None if panel.missing_lw is None else bits.transpose(panel.missing_lw, panel.n_haplotypes)
+        result_n = np.empty(panel.n_haplotypes)
+        for first in range(0, panel.n_haplotypes, 128):
+            part = slice(first, min(first + 128, panel.n_haplotypes))
+            alleles_nl = bits.unpack(bits_nw[part], panel.n_sites)
+            if missing_nw is not None:
+                alleles_nl[bits.unpack(missing_nw[part], panel.n_sites).astype(bool)] = 255
+            target_nl = np.full((part.stop - part.start, self.n_sites), 255, dtype=np.uint8)
+            target_nl[:, own_l] = alleles_nl
+            result_n[part] = haplotype_hmm.log_likelihood(
+                self.bits_lw, self.k, target_nl, switch_l, self.mismatch_l,
+                exclude_ne=None if exclude_ne is None else exclude_ne[part], implementation=implementation,
+            )  # fmt: skip
+            if progress is not None:
+                progress(part.stop, panel.n_haplotypes)
+        return result_n
+
+    def _own_haplotypes(self, panel: HaplotypePanel, own_l: np.ndarray) -> np.ndarray:
+        """int64 (N, 2): the reference haplotypes of the person that each panel haplotype belongs to, -1-padded."""
+        place = {name: at for at, name in enumerate(self.samples.ids)}
+        absent = [name for name in panel.samples.ids if name not in place]
+        if absent:
+            raise InputError(
+                "people of the reference panel, for leave-one-out", f"'{absent[0]}' ({len(absent)} not in it)", "score",
+                "scoring without leave_one_out",
+            )  # fmt: skip
+        first_s = self.samples.first_haplotype
+        exclude_ne = np.full((panel.n_haplotypes, 2), -1, dtype=np.int64)
+        mine_n = np.empty(panel.n_haplotypes, dtype=np.int64)
+        for s, name in enumerate(panel.samples.ids):
+            theirs = slice(panel.samples.first_haplotype[s], panel.samples.first_haplotype[s + 1])
+            ours = np.arange(first_s[place[name]], first_s[place[name] + 1])
+            if len(ours) != theirs.stop - theirs.start:
+                raise InputError(f"{len(ours)} haplotypes", f"{theirs.stop - theirs.start}", f"score, sample {name}")
+            exclude_ne[theirs, : len(ours)] = ours
+            mine_n[theirs] = ours
+        different_l = np.empty(len(own_l), dtype=bool)
+        for at in range(0, len(own_l), 1024):
+            ours_ln = bits.unpack(np.ascontiguousarray(self.bits_lw[own_l[at : at + 1024]]), self.k)[:, mine_n]
+            theirs_ln = bits.unpack(np.ascontiguousarray(panel.bits_lw[at : at + 1024]), panel.n_haplotypes)
+            unequal = ours_ln != theirs_ln
+            if panel.missing_lw is not None:
+                unequal &= ~bits.unpack(
+                    np.ascontiguousarray(panel.missing_lw[at : at + 1024]), panel.n_haplotypes
+                ).astype(bool)
+            different_l[at : at + 1024] = unequal.any(axis=1)
+        if different_l.any():
+            raise InputError(
+                "the alleles that these people have in the reference panel",
+                f"others at {int(different_l.sum())} sites",
+                "score with leave_one_out",
+            )  # fmt: skip
+        return exclude_ne
+
+    def save(self, run_folder: str | Path, *, inputs: Sequence[str | Path] = ()) -> None:
+        """Write the run folder: config.yaml, provenance.json, log.jsonl and checkpoints/step-000000. It must not exist.
+
+        The folder holds the reference panel itself: it is as sensitive as the panel.
+        """
+        from engine.genomics.run_folder import save
+
+        save(self, run_folder, inputs=inputs)
+
+
+def load(run_folder: str | Path) -> LiStephens:
+    """The model of a run folder.
+
+    Raises:
+        CorruptRun: a file is absent, a checksum differs, or a key is missing or unexpected; it is named.
+    """
+    from engine.genomics import run_folder as folder
+
+    return folder.load(run_folder)
+
+
+def fit(panel: HaplotypePanel, config: LiStephensConfig | None = None) -> LiStephens:
+    """The copying model over `panel`, with its map, groups and settings.
+
+    Raises:
+        InputError: the panel is unphased, has missing alleles, is empty, or its genetic positions fall.
+        UsageError: `group_ne` names a group that the panel does not have.
+    """
+    config = config or LiStephensConfig()
+    if not panel.phased:
+        raise InputError(
+            "a phased panel as reference", "unphased genotypes", "fit", "phase it first, e.g. with SHAPEIT5 or Beagle"
+        )
+    if panel.missing_lw is not None and panel.missing_lw.any():
+        count = int(bits.popcount_rows(panel.missing_lw).sum())
+        raise InputError(
+            "a complete panel as reference", f"{count} missing alleles", "fit",
+            "impute it, e.g. with Beagle, or drop sites with missing alleles (bcftools view -g ^miss)",
+        )  # fmt: skip
+    if panel.n_haplotypes == 0 or panel.n_sites == 0:
+        raise InputError("haplotypes and sites", f"{panel.n_haplotypes} and {panel.n_sites}", "fit")
+    warnings: list[str] = []
+    contig_l = panel.sites.contig
+    new_contig = np.ones(panel.n_sites, dtype=bool)
+    new_contig[1:] = contig_l[1:] != contig_l[:-1]
+    position_cm = panel.sites.position_cm
+    if position_cm is None:
+        position_cm = panel.sites.position_bp * (DEFAULT_CM_PER_MB / 1e6)
+        warnings.append(f"no genetic map was given: {DEFAULT_CM_PER_MB:g} cM per Mb assumed throughout")
+    distance_l = np.diff(position_cm, prepend=0.0) / 100
+    distance_l[new_contig] = np.inf
+    if not (distance_l >= 0).all():
+        at = int(np.flatnonzero(~(distance_l >= 0))[0])
+        where = f"{contig_l[at]}:{panel.sites.position_bp[at]}"
+        raise InputError("genetic positions that do not fall", f"{100 * distance_l[at]:.3g} cM", where)
+    if config.per_group and panel.samples.group is None:
+        warnings.append("the panel has no groups: sampled as one group")
+    if config.per_group and panel.group_n is not None:
+        group_names = list(panel.groups())
+        numbers = {name: at for at, name in enumerate(group_names)}
+        group_k = np.array([numbers[name] for name in panel.group_n.tolist()], dtype=np.int32)
+    else:
+        group_names, group_k = ["all"], np.zeros(panel.n_haplotypes, dtype=np.int32)
+    for name in config.group_ne:
+        if name not in group_names:
+            raise UsageError("a group of the panel", f"'{name}'", "group_ne", closest(name, group_names))
+    for g, name in enumerate(group_names):
+        if (count := int((group_k == g).sum())) < 20:
+            warnings.append(f"group '{name}' has {count} haplotypes: mosaics are close copies of few people")
+    return LiStephens(
+        config, panel.bits_lw, panel.sites, panel.samples, dict(panel.contig_length), panel.assembly, distance_l,
+        np.full(panel.n_sites, config.mismatch), group_names, group_k, warnings,
+    )  # fmt: skip
+
+
+def _arrivals(cumulative_l: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sites, rising, in whose interval a Poisson process of cumulative hazard `cumulative_l` has a point.
+
+    Each site l is hit with probability 1 - exp(-hazard_l), independently, at a cost of the number of hits and not of
+    sites.
+    """
+    total = cumulative_l[-1]
+    points = rng.random(rng.poisson(total)) * total
+    return np.unique(np.minimum(np.searchsorted(cumulative_l, points, side="right"), len(cumulative_l) - 1))
+
+
+def _offsets(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)]).astype(np.int64)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*parts, np.zeros(0, dtype=np.int64)]).astype(np.int64)
