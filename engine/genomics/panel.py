@@ -170,7 +170,7 @@ def _indices(selection: Selection, size: int, what: str) -> np.ndarray:
 def read_panel(
     path: str | Path,
     *,
-    map: str | Path | genetic_map.GeneticMap | Sequence[str | Path] | None = None,  # noqa: A002
+    map: str | Path | genetic_map.GeneticMap | Sequence[str | Path] | None = None,
     samples_tsv: str | Path | None = None,
     region: str | None = None,
 ) -> HaplotypePanel:
@@ -259,7 +259,7 @@ def panel_from_alleles(
     group: Sequence[str] | np.ndarray | None = None,
     sex: Sequence[str] | np.ndarray | None = None,
     first_haplotype: np.ndarray | None = None,
-    id: Sequence[str] | None = None,  # noqa: A002
+    id: Sequence[str] | None = None,
     ref: Sequence[str] | None = None,
     alt: Sequence[str] | None = None,
     position_cm: np.ndarray | None = None,
