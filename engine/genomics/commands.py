@@ -1,0 +1,333 @@
+"""What the command line and batch jobs call: fit, sample, finish, score, evaluate. Paths in, files and JSON-ready dicts
+out.
+
+Every output carries its provenance: run folders inside, genotype files as `FILE.provenance.json` beside them and as
+`##` header lines that say SYNTHETIC. The groups of synthetic people are in `FILE.samples.tsv`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import __version__, atomic, provenance
+from engine.errors import InputError, UsageError
+from engine.genomics import li_stephens, run_folder
+from engine.genomics.evaluate import evaluate
+from engine.genomics.matching import common_sites
+from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_panel, write_samples
+from engine.kernels import bits
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+_SUFFIXES = (".vcf.gz", ".bcf", ".pgen")
+
+
+def fit_command(
+    panel_path: str | Path,
+    *,
+    out: str | Path,
+    map: str | Path | Sequence[str | Path] | None = None,
+    samples: str | Path | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fit the copying model to a panel file and write the run folder `out`.
+
+    Returns:
+        {"run", "model", "haplotypes", "sites", "groups": name -> haplotypes, "warnings"}.
+
+    Raises:
+        UsageError: bad config, or `out` exists. InputError: the panel, map or table cannot be used.
+    """
+    settings = li_stephens.load_config(config, overrides)
+    if Path(out).exists():
+        raise UsageError(
+            "a folder that does not exist yet", "an existing one", out, "another --out, or remove it first"
+        )
+    _tell(progress, "reading panel", 0, 2)
+    panel = read_panel(panel_path, map=map, samples_tsv=samples)
+    _tell(progress, "writing run", 1, 2)
+    model = li_stephens.fit(panel, settings)
+    maps = [] if map is None else [map] if isinstance(map, str | Path) else list(map)
+    model.save(out, inputs=[panel_path, *maps, *([] if samples is None else [samples])])
+    _tell(progress, "writing run", 2, 2)
+    counts = np.bincount(model.group_of_haplotype_k, minlength=len(model.group_names)).tolist()
+    return {
+        "run": str(out),
+        "model": "li_stephens",
+        "haplotypes": model.k,
+        "sites": model.n_sites,
+        "groups": dict(zip(model.group_names, counts, strict=True)),
+        "warnings": model.warnings,
+    }
+
+
+def sample_command(
+    run: str | Path,
+    n: int,
+    *,
+    out: str | Path,
+    group: str | None = None,
+    seed: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write synthetic people of a run as .bcf, .vcf.gz or .pgen, with their groups and provenance beside.
+
+    Args:
+        n: people over all shards.
+        group: all people of this group; None draws groups in the panel's proportions.
+        seed: None takes the seed of the run's config.
+        shard: (i, k), 0 <= i < k: only people i*n//k .. (i+1)*n//k - 1, written to `shard_path(out, i, k)`. A shard
+            that is there already and whole is recognised and skipped, one without its record is made again.
+            `finish_command` joins shards.
+
+    Returns:
+        {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}.
+
+    Raises:
+        UsageError: bad n, shard, group or suffix, or `out` exists. CorruptRun: the run folder is not whole.
+    """
+    index, count = shard
+    if n < 1 or not 0 <= index < count:
+        raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
+    target = Path(out) if count == 1 else shard_path(out, index, count)
+    _suffix(target)
+    model = li_stephens.load(run)
+    seed = model.config.seed if seed is None else seed
+    first, stop = index * n // count, (index + 1) * n // count
+    request = {
+        "model_sha256": run_folder.checksum(run), "people": n, "group": group, "shard": [index, count],
+        "first_person": first, "stop_person": stop,
+    }  # fmt: skip
+    if count > 1 and _is_whole(target, request, seed):
+        return _sampled(target, model.n_sites, read_groups(target), stop - first, True, model.warnings)
+    if target.exists() and (count == 1 or _beside(target, "provenance.json").exists()):
+        raise UsageError(
+            "a file that does not exist yet", "an existing one", target, "another --out, or remove it first"
+        )
+    made = model.sample(
+        stop - first, groups=group, seed=seed, start=first,
+        progress=None if progress is None else lambda done, total: progress("sampling", done, total),
+    )  # fmt: skip
+    _tell(progress, "writing", 0, 1)
+    _write(made, target, model.config.model_dump(), request, seed, model.warnings)
+    _tell(progress, "writing", 1, 1)
+    assert made.samples.group is not None
+    return _sampled(target, model.n_sites, made.samples.group.tolist(), stop - first, False, model.warnings)
+
+
+def finish_command(out: str | Path, count: int, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Join the `count` shards of `out` into `out`; the shards stay.
+
+    Raises:
+        UsageError: `out` exists. InputError: a shard is absent, or is not part of the same request.
+    """
+    out = Path(out)
+    _suffix(out)
+    if out.exists():
+        raise UsageError("a file that does not exist yet", "an existing one", out, "another --out, or remove it first")
+    panels: list[HaplotypePanel] = []
+    records: list[dict[str, Any]] = []
+    groups: list[str] = []
+    for index in range(count):
+        path = shard_path(out, index, count)
+        if not path.exists() or not _beside(path, "provenance.json").exists():
+            raise InputError(f"all {count} shards", f"no shard {index}", path, f"--shard {index}/{count}")
+        record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
+        same = ("model_sha256", "people", "group")
+        if record["sha256"] != provenance.sha256(path):
+            raise InputError("the file that its provenance describes", "another", path, "making this shard again")
+        if records and any(record["request"][key] != records[0]["request"][key] for key in same):
+            raise InputError("shards of one request", "another model, n or group", path, "removing the stale shard")
+        if records and record["seed"] != records[0]["seed"]:
+            raise InputError(f"seed {records[0]['seed']}", str(record["seed"]), path, "removing the stale shard")
+        records.append(record)
+        if record["request"]["stop_person"] > record["request"]["first_person"]:
+            panels.append(read_panel(path))
+            groups += read_groups(path)
+        _tell(progress, "reading shards", index + 1, count)
+    joined = concatenate(panels)
+    joined = replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str)))
+    people = records[0]["request"]["people"]
+    request = {**records[0]["request"], "shard": [0, 1], "first_person": 0, "stop_person": people}
+    warnings = records[0]["warnings"]
+    _write(joined, out, records[0]["config"], request, records[0]["seed"], warnings)
+    return _sampled(out, joined.n_sites, groups, people, False, warnings)
+
+
+def score_command(
+    run: str | Path,
+    panel: str | Path,
+    *,
+    leave_one_out: bool = False,
+    intersect: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Log-likelihood of a panel file's haplotypes under a run's model.
+
+    Returns:
+        {"haplotypes": n, "mean_nats": mean per haplotype, "sem": its standard error, "leave_one_out", "warnings"}; sem
+        is None for a single haplotype.
+    """
+    model = li_stephens.load(run)
+    nats_n = model.log_likelihood(
+        read_panel(panel), leave_one_out=leave_one_out, intersect=intersect,
+        progress=None if progress is None else lambda done, total: progress("scoring", done, total),
+    )  # fmt: skip
+    if not np.isfinite(nats_n).all():
+        raise InputError("haplotypes that the model can give", "an impossible one", panel, "a mismatch above 0")
+    n = len(nats_n)
+    return {
+        "haplotypes": n,
+        "mean_nats": float(nats_n.mean()),
+        "sem": float(nats_n.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        "leave_one_out": leave_one_out,
+        "warnings": model.warnings,
+    }
+
+
+def evaluate_command(
+    real: str | Path,
+    synthetic: str | Path,
+    *,
+    train: str | Path | None = None,
+    samples: str | Path | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    intersect: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Findings of a synthetic panel file against held-out real haplotypes and, where given, the training ones.
+
+    Args:
+        samples: table with the groups of real (and train) people; those of synthetic people are read from
+            `SYNTHETIC.samples.tsv` where it exists.
+        out: folder to write evaluation.json and provenance.json to; it must not exist.
+
+    Returns:
+        {"findings": [...], "figures": {...}}, JSON-ready.
+    """
+    if out is not None and Path(out).exists():
+        raise UsageError(
+            "a folder that does not exist yet", "an existing one", out, "another --out, or remove it first"
+        )
+    inputs = [Path(path) for path in (real, synthetic, train, samples) if path is not None]
+    table = _beside(Path(synthetic), "samples.tsv")
+    real_panel = read_panel(real, samples_tsv=samples)
+    synthetic_panel = read_panel(synthetic, samples_tsv=table if table.exists() else None)
+    train_panel = None if train is None else read_panel(train)
+    result = evaluate(
+        real_panel, synthetic_panel, train=train_panel, seed=seed, intersect=intersect,
+        progress=None if progress is None else lambda done, total: progress("evaluating", done, total),
+    ).to_json()  # fmt: skip
+    if out is not None:
+        with atomic.atomic_folder(out) as folder:
+            atomic.write_json(folder / "evaluation.json", result)
+            provenance.write(folder, "genomics evaluate", inputs=inputs, seed=seed, config={"intersect": intersect})
+    return result
+
+
+def shard_path(out: str | Path, index: int, count: int) -> Path:
+    """`dir/name.bcf` -> `dir/name.shard-0003-of-0100.bcf`."""
+    out = Path(out)
+    suffix = _suffix(out)
+    return out.with_name(f"{out.name.removesuffix(suffix)}.shard-{index:04d}-of-{count:04d}{suffix}")
+
+
+def concatenate(panels: Sequence[HaplotypePanel]) -> HaplotypePanel:
+    """All people of several panels with equal sites, in order; groups and sexes are not kept.
+
+    Raises:
+        InputError: the sites differ.
+    """
+    first = panels[0]
+    if len(panels) == 1:
+        return replace(first, samples=replace(first.samples, group=None, sex=None))
+    chosen = common_sites({f"panel {at}": panel.sites for at, panel in enumerate(panels)})
+    offsets = np.concatenate([[0], np.cumsum([panel.n_haplotypes for panel in panels])])
+    bits_lw = np.zeros((first.n_sites, bits.words(int(offsets[-1]))), dtype=np.uint64)
+    block = max(1, (32 << 20) // max(1, int(offsets[-1])))
+    for start in range(0, first.n_sites, block):
+        parts = [
+            bits.unpack(np.ascontiguousarray(panel.bits_lw[index[start : start + block]]), panel.n_haplotypes)
+            for panel, index in zip(panels, chosen, strict=True)
+        ]
+        bits_lw[start : start + block] = bits.pack(np.concatenate(parts, axis=1))
+    ids = [name for panel in panels for name in panel.samples.ids]
+    ploidy = np.concatenate([np.diff(panel.samples.first_haplotype) for panel in panels])
+    samples = Samples(ids, None, None, np.concatenate([[0], np.cumsum(ploidy)]).astype(np.int64))
+    return replace(first, bits_lw=bits_lw, missing_lw=None, samples=samples)
+
+
+def read_groups(path: str | Path) -> list[str]:
+    """Groups of the people in a sampled file, from the table beside it, in order."""
+    table = _beside(Path(path), "samples.tsv")
+    lines = table.read_text(encoding="utf-8").splitlines()[1:]
+    group, _ = read_samples(table, [line.split("\t")[0] for line in lines])
+    return [] if group is None else group.tolist()
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)
+
+
+def _suffix(path: Path) -> str:
+    for suffix in _SUFFIXES:
+        if path.name.endswith(suffix) and path.name != suffix:
+            return suffix
+    raise UsageError("a file name ending in .bcf, .vcf.gz or .pgen", path.name, "--out")
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name}.{what}")
+
+
+def _is_whole(path: Path, request: dict[str, Any], seed: int) -> bool:
+    """Whether `path` was written for this very request and has not changed since."""
+    try:
+        record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
+        same = record["request"] == request and record["seed"] == seed
+        return bool(same and record["sha256"] == provenance.sha256(path) and _beside(path, "samples.tsv").exists())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write(
+    panel: HaplotypePanel, path: Path, config: dict[str, Any], request: dict[str, Any], seed: int, warnings: list[str]
+) -> None:
+    """The genotype file first, its provenance last: a file without a record counts as not written."""
+    lines = [
+        "##engine_data=SYNTHETIC: generated by a model, no record describes a living person",
+        f"##engine_command=genomics sample, engine {__version__}, commit {provenance.commit()['commit']}",
+        f"##engine_model=li_stephens, sha256 {request['model_sha256']}, seed {seed}",
+    ]
+    write_samples(panel, _beside(path, "samples.tsv"))
+    write_panel(panel, path, header_lines=lines)
+    record = provenance.record(
+        "genomics sample", config=config, seed=seed, synthetic=True,
+        extra={"file": path.name, "sha256": provenance.sha256(path), "request": request, "warnings": warnings},
+    )  # fmt: skip
+    atomic.write_json(_beside(path, "provenance.json"), record)
+
+
+def _sampled(
+    path: Path, sites: int, groups: list[str], people: int, skipped: bool, warnings: list[str]
+) -> dict[str, Any]:
+    names, counts = np.unique(np.array(groups, dtype=str), return_counts=True)
+    return {
+        "out": str(path),
+        "people": people,
+        "haplotypes": 2 * people,
+        "sites": sites,
+        "groups": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        "skipped": skipped,
+        "warnings": warnings,
+    }
