@@ -264,6 +264,12 @@ def _flow(base: Template, time: float, where_dhw3: torch.Tensor) -> torch.Tensor
     return _sample(field, where_dhw3).permute(1, 2, 3, 0).add(where_dhw3).contiguous()
 
 
+def enlarged_ventricles(base: Template, time: float) -> np.ndarray:
+    """The template's ventricle fraction on the working grid, after the ventricular flow for `time`."""
+    places = _identity(tuple(base.channels_cdhw.shape[1:]))
+    return _sample(base.channels_cdhw[2:3], _flow(base, time, places))[0].numpy()
+
+
 def solve_flow(
     base: Template, where_dhw3: torch.Tensor, ventricle_mm3: float, tolerance: float = 1e-3
 ) -> tuple[float, float]:
