@@ -1,5 +1,5 @@
-"""`Finding`: the one shape in which every metric of the engine is returned, so that reports, gates and benchmark records
-need no branch on modality.
+"""`Finding`: the one shape in which every metric of the engine is returned, so that reports, gates and benchmark
+records need no branch on modality.
 """
 
 from __future__ import annotations
