@@ -1,0 +1,165 @@
+"""The KL autoencoder: a volume to a small latent and back, and the losses that train it.
+
+A space-to-depth stem folds blocks of 2x2x2 voxels into channels before the first convolution, so that no wide
+convolution ever runs at full resolution; at equal width that is what makes a CPU budget suffice (docs/imaging.md has
+the figures). Only one narrow convolution smooths the unfolded output. Normalisation statistics run over a whole volume.
+
+It leaves to others: optimisation (`train`), per-channel latent statistics (`train`), where volumes come from
+(`dataset`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.imaging.config import AutoencoderConfig
+
+
+def space_to_depth(x_bcdhw: Tensor, factor: int) -> Tensor:
+    """Fold blocks of factor^3 voxels into channels: (b, c, d, h, w) -> (b, c * factor^3, d/f, h/f, w/f)."""
+    b, c, d, h, w = x_bcdhw.shape
+    f = factor
+    return (
+        x_bcdhw.reshape(b, c, d // f, f, h // f, f, w // f, f)
+        .permute(0, 1, 3, 5, 7, 2, 4, 6)
+        .reshape(b, c * f**3, d // f, h // f, w // f)
+    )
+
+
+def depth_to_space(x_bcdhw: Tensor, factor: int) -> Tensor:
+    """The inverse of `space_to_depth`."""
+    b, c, d, h, w = x_bcdhw.shape
+    f = factor
+    return (
+        x_bcdhw.reshape(b, c // f**3, f, f, f, d, h, w)
+        .permute(0, 1, 5, 2, 6, 3, 7, 4)
+        .reshape(b, c // f**3, d * f, h * f, w * f)
+    )
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with the largest of 8, 4, 2, 1 groups that divides `channels`."""
+    return nn.GroupNorm(next(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions with normalisation before each, added to the (projected) input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), nn.Conv3d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(outputs), nn.Conv3d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
+
+    def forward(self, x_bcdhw: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_bcdhw)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x_bcdhw) + h
+
+
+class Encoder(nn.Module):
+    """Volume in [-1, 1] -> mean and log variance of the latent."""
+
+    def __init__(self, config: AutoencoderConfig, channels: int) -> None:
+        super().__init__()
+        self.patch = config.patch
+        widths = config.widths
+        layers: list[nn.Module] = [nn.Conv3d(channels * config.patch**3, widths[0], 3, padding=1)]
+        for level, width in enumerate(widths):
+            if level:
+                layers.append(nn.Conv3d(widths[level - 1], width, 3, stride=2, padding=1))
+            layers += [ResidualBlock(width, width) for _ in range(config.blocks)]
+        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Conv3d(widths[-1], 2 * config.latent_channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x_bcdhw: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.layers(space_to_depth(x_bcdhw, self.patch)).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-14.0, 6.0)
+
+
+class Decoder(nn.Module):
+    """Latent -> volume in about [-1, 1]."""
+
+    def __init__(self, config: AutoencoderConfig, channels: int) -> None:
+        super().__init__()
+        self.patch = config.patch
+        widths = config.widths[::-1]
+        layers: list[nn.Module] = [nn.Conv3d(config.latent_channels, widths[0], 3, padding=1)]
+        for level, width in enumerate(widths):
+            if level:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv3d(widths[level - 1], width, 3, padding=1)]
+            layers += [ResidualBlock(width, width) for _ in range(config.blocks)]
+        narrow = config.output_width
+        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Conv3d(widths[-1], narrow * config.patch**3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.smooth = nn.Conv3d(narrow, channels, 3, padding=1)
+
+    def forward(self, z_bcdhw: Tensor) -> Tensor:
+        unfolded = depth_to_space(self.layers(z_bcdhw), self.patch)
+        return self.smooth(F.silu(unfolded)).float()
+
+
+class Autoencoder(nn.Module):
+    """KL autoencoder over volumes (b, c, d, h, w) float32 in [-1, 1]; every spatial size a multiple of `factor`.
+
+    Source: Kingma & Welling 2014 for the latent; Rombach et al. 2022 for its use under a diffusion model.
+    """
+
+    def __init__(self, config: AutoencoderConfig, channels: int = 1) -> None:
+        super().__init__()
+        self.factor = config.factor
+        self.encoder, self.decoder = Encoder(config, channels), Decoder(config, channels)
+
+    def encode(self, x_bcdhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent, float32 (b, latent_channels, d/f, h/f, w/f)."""
+        mean, log_variance = self.encoder(x_bcdhw)
+        return mean, (0.5 * log_variance).exp()
+
+    def decode(self, z_bcdhw: Tensor) -> Tensor:
+        """Volume (b, c, d, h, w) float32 of a latent."""
+        return self.decoder(z_bcdhw)
+
+    def forward(self, x_bcdhw: Tensor, noise_bcdhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, mean and log variance; `noise_bcdhw` is the standard normal draw of the posterior.
+
+        Training goes through here and never through an attribute, because a distributed wrapper has only `forward`.
+        """
+        mean, log_variance = self.encoder(x_bcdhw)
+        return self.decoder(mean + (0.5 * log_variance).exp() * noise_bcdhw), mean, log_variance
+
+
+def kl_per_element(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence from N(0, 1), as the mean over elements, so that its weight does not depend on the volume's
+    size."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+
+
+def gradient_l1(a_bcdhw: Tensor, b_bcdhw: Tensor) -> Tensor:
+    """Mean absolute difference of the finite differences along the three axes: edges, which plain L1 lets blur."""
+    difference = a_bcdhw - b_bcdhw
+    return torch.stack([difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).mean()
+
+
+def reconstruction_loss(config: AutoencoderConfig, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Unweighted terms "l1" and "gradient", each averaged over full resolution and two coarser scales.
+
+    The coarser scales (average pooling by 2 and 4) weigh structure above single-voxel noise.
+    """
+    terms = {"l1": (output - target).abs().mean(), "gradient": gradient_l1(output, target)}
+    for _ in range(config.coarser_scales):
+        output, target = F.avg_pool3d(output, 2), F.avg_pool3d(target, 2)
+        terms["l1"] = terms["l1"] + (output - target).abs().mean()
+        terms["gradient"] = terms["gradient"] + gradient_l1(output, target)
+    return {name: term / (1 + config.coarser_scales) for name, term in terms.items()}
+
+
+def patch_discriminator(config: AutoencoderConfig, channels: int) -> nn.Module:
+    """MONAI's patch discriminator, for the least-squares adversarial term that starts late (Mao et al. 2017)."""
+    from monai.networks.nets import PatchDiscriminator
+
+    return PatchDiscriminator(
+        spatial_dims=3, channels=config.discriminator_width, in_channels=channels, num_layers_d=2, norm="INSTANCE"
+    )

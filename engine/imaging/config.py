@@ -1,0 +1,242 @@
+"""Configs of imaging runs: one YAML file is one whole run, checked before anything else happens.
+
+An unknown key is an error that suggests the nearest one. `--set a.b=c` (`overrides`) is the only other way to change
+a value. The resolved copy goes into the run folder, so that the folder alone can be resumed, sampled and explained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import InputError, UsageError, closest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class CovariateConfig(_Section):
+    """One covariate the model is conditioned on; any row may leave it empty."""
+
+    kind: Literal["categorical", "continuous"]
+    levels: list[str] | None = Field(
+        None, description="categorical: allowed values; default: those of the training side"
+    )
+
+
+class DataConfig(_Section):
+    """Which grid the volumes are brought to, how intensities are scaled, and how people are split."""
+
+    size: tuple[int, int, int] = Field(description="voxels per axis after reorientation to RAS")
+    spacing_mm: tuple[float, float, float] | None = Field(
+        None, description="resample to this; null keeps the file's own"
+    )
+    modality: Literal["MR", "CT"] = "MR"
+    mr_percentile: float = Field(99.5, gt=50, le=100, description="MR: this percentile becomes the top of the range")
+    hu_range: tuple[float, float] = Field((-1000.0, 2000.0), description="CT: HU are clipped to this range")
+    covariates: dict[str, CovariateConfig] = Field(default_factory=dict)
+    holdout_share: float = Field(
+        0.2, ge=0, lt=1, description="share of people kept out of training, by hash of the subject"
+    )
+    split_column: str | None = Field(None, description="column holding train / holdout; replaces the hash")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if min(self.size) < 4:
+            raise ValueError(f"size must be at least 4 voxels on every axis, got {self.size}")
+        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
+            raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
+        if self.hu_range[0] >= self.hu_range[1]:
+            raise ValueError(f"hu_range must rise, got {self.hu_range}")
+        return self
+
+
+class Budget(_Section):
+    """A stage ends at `steps` or after `max_minutes` of measured wall time, whichever comes first; the log says
+    which."""
+
+    steps: int | None = Field(None, ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+    batch_size: int = Field(4, ge=1, description="global batch, all processes together")
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Budget:
+        if self.steps is None and self.max_minutes is None:
+            raise ValueError("give steps, max_minutes or both")
+        return self
+
+
+class AutoencoderConfig(Budget):
+    """Networks and losses of the first stage."""
+
+    patch: Literal[1, 2, 4] = Field(2, description="space-to-depth factor of the stem")
+    widths: list[int] = Field(
+        [48, 96], min_length=1, description="channels per level; each level after the first halves"
+    )
+    blocks: int = Field(1, ge=1)
+    output_width: int = Field(4, ge=1, description="channels of the one convolution at full resolution")
+    latent_channels: int = Field(8, ge=1)
+    kl_weight: float = Field(1e-3, ge=0, description="times the KL divergence as a mean per element")
+    gradient_weight: float = Field(1.0, ge=0)
+    coarser_scales: int = Field(1, ge=0, le=3)
+    shift_voxels: int = Field(2, ge=0, description="augmentation: random whole-voxel shifts of at most this")
+    adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
+    adversarial_start: float = Field(0.5, ge=0, le=1, description="share of the stage after which it joins")
+    discriminator_width: int = Field(16, ge=4)
+
+    @property
+    def factor(self) -> int:
+        """Voxels per latent position on each axis."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+class FlowConfig(Budget):
+    """Network and training of the second stage."""
+
+    widths: list[int] = Field([64, 128, 192], min_length=1)
+    blocks: int = Field(1, ge=1)
+    attention_levels: list[int] = Field(default_factory=lambda: [1, 2])
+    embedding_width: int = Field(256, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = Field(0.999, gt=0, lt=1)
+    condition_drop: float = Field(0.15, ge=0, le=1, description="each covariate is dropped with this probability")
+    time_shift: float = Field(1.0, gt=0, description="> 1 spends more of training and sampling near noise")
+    views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")
+    shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
+
+
+class SamplingConfig(_Section):
+    """Defaults of `sample`."""
+
+    steps: int = Field(20, ge=1)
+    method: Literal["euler", "heun"] = "heun"
+    guidance: float = Field(1.0, ge=0, description="1 = conditional model as it is, 0 = covariates ignored")
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class TrainingConfig(_Section):
+    """What both stages share."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies it"
+    )
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    checkpoint_every_minutes: float | None = Field(10.0, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every_steps: int = Field(50, ge=1)
+    gradient_clip: float = Field(1.0, gt=0)
+    bad_step_limit: int = Field(
+        10, ge=1, description="steps with a non-finite loss or gradient are skipped, at most so many"
+    )
+
+
+class ImagingConfig(_Section):
+    """A whole imaging run: data, autoencoder, flow, sampling."""
+
+    name: str = "imaging"
+    seed: int = 0
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    flow: FlowConfig
+    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig.model_validate({}))
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImagingConfig:
+        factor = self.autoencoder.factor
+        if any(n % factor for n in self.data.size):
+            nearest = tuple(max(1, round(n / factor)) * factor for n in self.data.size)
+            raise ValueError(f"data.size {self.data.size} must be multiples of {factor}, e.g. {nearest}")
+        if any(not 0 <= level < len(self.flow.widths) for level in self.flow.attention_levels):
+            raise ValueError(f"flow.attention_levels {self.flow.attention_levels} must name levels of flow.widths")
+        return self
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Latent positions per axis."""
+        d, h, w = (n // self.autoencoder.factor for n in self.data.size)
+        return d, h, w
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys allowed at `location` of an ImagingConfig (the last part is the unknown key itself)."""
+    model: Any = ImagingConfig
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return list(CovariateConfig.model_fields)
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            model = CovariateConfig
+    return list(model.model_fields)
+
+
+def parse_config(values: dict[str, Any], where: object = "config") -> ImagingConfig:
+    """Validate plain values; the first fault becomes one line naming the key.
+
+    Raises:
+        InputError: a key is unknown (with the nearest known one), missing, or its value does not fit.
+    """
+    try:
+        return ImagingConfig.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        location = tuple(fault["loc"])
+        key = ".".join(str(part) for part in location) or "config"
+        if fault["type"] == "extra_forbidden":
+            near = closest(str(location[-1]), _known_keys(location))
+            raise InputError("a known config key", f"'{key}'", where, near) from None
+        raise InputError(f"{key}: {fault['msg']}", where=where) from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Return `values` with each "a.b=c" applied; c is read as YAML.
+
+    Raises:
+        UsageError: an override has no "=" or passes through a value that is no mapping.
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UsageError("an override of the form a.b=value", override, "--set")
+        keys = path.strip().split(".")
+        values = {**values}
+        here = values
+        for key in keys[:-1]:
+            inner = here.get(key, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"a section at '{key}'", f"a single value, in '{override}'", "--set")
+            here[key] = {**inner}
+            here = here[key]
+        here[keys[-1]] = yaml.safe_load(text)
+    return values
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ImagingConfig:
+    """Read a YAML config and apply `overrides`.
+
+    Raises:
+        InputError: the file is absent, is no YAML mapping, or does not fit the schema.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("a config file", "nothing there", path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("a YAML file", " ".join(str(error).split())[:200], path) from None
+    if not isinstance(values, dict):
+        raise InputError("a YAML mapping", type(values).__name__, path)
+    return parse_config(apply_overrides(values, overrides), path)
+
+
+def dump_config(config: ImagingConfig) -> str:
+    """The resolved config as YAML; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

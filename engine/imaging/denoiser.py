@@ -1,0 +1,188 @@
+"""The denoiser: a 3D U-Net that predicts the velocity of a noisy latent, given time, spacing and covariates.
+
+One network; what it is conditioned on is an argument. Each covariate has a learned "not given" embedding, used where
+the data misses it, where training drops it, and for the unguided half of classifier-free guidance (Ho & Salimans 2022).
+Conditioning enters every residual block as scale and shift after normalisation. Any latent size works: a level halves
+sizes rounding up, and the way back takes the size of the skip connection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.imaging.autoencoder import group_norm
+from engine.imaging.config import FlowConfig
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is conditioned on.
+
+    Attributes:
+        spacing_b3: log of the spacing in mm, float32.
+        continuous_bk: standardised continuous covariates, float32; NaN = not given.
+        categorical_bk: level of each categorical covariate, int64; -1 = not given.
+    """
+
+    spacing_b3: Tensor
+    continuous_bk: Tensor
+    categorical_bk: Tensor
+
+    def to(self, device: torch.device) -> Condition:
+        """The same on `device`."""
+        return Condition(*(t.to(device) for t in (self.spacing_b3, self.continuous_bk, self.categorical_bk)))
+
+    def rows(self, index: Tensor) -> Condition:
+        """The rows `index` (int64)."""
+        return Condition(self.spacing_b3[index], self.continuous_bk[index], self.categorical_bk[index])
+
+    def dropped(self, drop_continuous_bk: Tensor, drop_categorical_bk: Tensor) -> Condition:
+        """The same with the covariates under the boolean masks not given."""
+        continuous = self.continuous_bk.masked_fill(drop_continuous_bk, math.nan)
+        return Condition(self.spacing_b3, continuous, self.categorical_bk.masked_fill(drop_categorical_bk, -1))
+
+    def unguided(self) -> Condition:
+        """The same without any covariate; spacing stays, because geometry is never guessed."""
+        return self.dropped(torch.ones_like(self.continuous_bk, dtype=torch.bool), self.categorical_bk >= -1)
+
+
+def sinusoids(value_b: Tensor, dimensions: int, longest: float = 1_000.0) -> Tensor:
+    """Sines and cosines of `value_b` at geometrically spaced frequencies 1 .. `longest`: float32 (b, dimensions)."""
+    frequency = torch.exp(
+        torch.linspace(0.0, math.log(longest), dimensions // 2, device=value_b.device, dtype=torch.float32)
+    )
+    angle = value_b.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class ConditionEmbedding(nn.Module):
+    """Time, spacing and covariates -> one vector per sample."""
+
+    def __init__(self, width: int, levels: list[int], continuous: int) -> None:
+        super().__init__()
+        self.width = width
+        self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+        self.spacing = nn.Linear(3, width)
+        # level 0 of each table is "not given"
+        self.categorical = nn.ModuleList(nn.Embedding(n + 1, width) for n in levels)
+        self.continuous = nn.ModuleList(
+            nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(continuous)
+        )
+        self.continuous_missing = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(continuous))
+
+    def forward(self, t_b: Tensor, condition: Condition) -> Tensor:
+        total = self.time(sinusoids(t_b, 128)) + self.spacing(condition.spacing_b3)
+        for k, table in enumerate(self.categorical):
+            total = total + table(condition.categorical_bk[:, k] + 1)
+        for k, network in enumerate(self.continuous):
+            value = condition.continuous_bk[:, k : k + 1]
+            missing = value.isnan()
+            given = network(value.masked_fill(missing, 0.0))
+            total = total + torch.where(missing, self.continuous_missing[k].to(given.dtype), given)
+        return F.silu(total)
+
+
+class Block(nn.Module):
+    """Residual block whose second normalisation is scaled and shifted by the conditioning vector."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), nn.Conv3d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(outputs), nn.Conv3d(outputs, outputs, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.skip = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x_bcdhw: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_bcdhw)))
+        scale, shift = self.modulate(embedding)[:, :, None, None, None].chunk(2, dim=1)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1.0 + scale) + shift)))
+        return self.skip(x_bcdhw) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of a level, through PyTorch's scaled_dot_product_attention."""
+
+    def __init__(self, channels: int, head_channels: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        self.norm, self.qkv = group_norm(channels), nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x_bcdhw: Tensor) -> Tensor:
+        b, c = x_bcdhw.shape[:2]
+        tokens = self.norm(x_bcdhw).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, c)
+        return x_bcdhw + self.out(mixed).transpose(1, 2).reshape(x_bcdhw.shape)
+
+
+class Denoiser(nn.Module):
+    """Velocity model: (x_bcdhw, t_b, condition) -> velocity_bcdhw float32.
+
+    Args:
+        config: widths per level, blocks per level, the levels with attention.
+        latent_channels: channels of the latent.
+        levels: number of levels of each categorical covariate.
+        continuous: number of continuous covariates.
+    """
+
+    def __init__(self, config: FlowConfig, latent_channels: int, levels: list[int], continuous: int) -> None:
+        super().__init__()
+        widths, embedding, blocks = config.widths, config.embedding_width, config.blocks
+        self.embed = ConditionEmbedding(embedding, levels, continuous)
+        self.first = nn.Conv3d(latent_channels, widths[0], 3, padding=1)
+
+        def attention(level: int) -> nn.Module:
+            return Attention(widths[level]) if level in config.attention_levels else nn.Identity()
+
+        self.down, self.down_attention, self.shrink = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.down.append(nn.ModuleList(Block(width, width, embedding, config.dropout) for _ in range(blocks)))
+            self.down_attention.append(attention(level))
+            if level + 1 < len(widths):
+                self.shrink.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+        self.middle = Block(widths[-1], widths[-1], embedding, config.dropout)
+        self.up, self.up_attention, self.grow = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            self.up.append(
+                nn.ModuleList(
+                    Block(2 * width if k == 0 else width, width, embedding, config.dropout) for k in range(blocks)
+                )
+            )
+            self.up_attention.append(attention(level))
+            if level:
+                self.grow.append(nn.Conv3d(width, widths[level - 1], 3, padding=1))
+        self.last_norm, self.last = group_norm(widths[0]), nn.Conv3d(widths[0], latent_channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, x_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor:
+        embedding = self.embed(t_b, condition)
+        h, skips = self.first(x_bcdhw), []
+        for level, blocks in enumerate(self.down):
+            for block in blocks.children():
+                h = block(h, embedding)
+            h = self.down_attention[level](h)
+            skips.append(h)
+            if level < len(self.shrink):
+                h = self.shrink[level](h)
+        h = self.middle(h, embedding)
+        for step, blocks in enumerate(self.up):
+            h = torch.cat([h, skips.pop()], dim=1)
+            for block in blocks.children():
+                h = block(h, embedding)
+            h = self.up_attention[step](h)
+            if step < len(self.grow):
+                h = self.grow[step](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
+        return self.last(F.silu(self.last_norm(h))).float()

@@ -1,0 +1,45 @@
+"""The training log: every interval one JSON line in `log.jsonl` and one line for people on standard error.
+
+Only the main process logs. A progress bar is the caller's: it gives a callback.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)"""
+
+
+class Log:
+    """Append-only log of one run.
+
+    Args:
+        path: the JSONL file; appended to, so that a resumed run continues it.
+        enabled: False on processes other than the main one: then every call does nothing.
+        progress: called with (stage, per cent done, 100).
+    """
+
+    def __init__(self, path: str | Path, *, enabled: bool = True, progress: Progress | None = None) -> None:
+        self.path, self.enabled, self.progress = Path(path), enabled, progress
+
+    def bar(self, stage: str, share: float) -> None:
+        """Show the share done (0 .. 1) of `stage`."""
+        if self.enabled and self.progress is not None:
+            self.progress(stage, int(100 * share), 100)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Write one line: `event` and its fields. Non-finite numbers become null: JSON has none."""
+        if not self.enabled:
+            return
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **plain}, allow_nan=False) + "\n")
+        words = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+        print(f"{event}  {words}", file=sys.stderr, flush=True)
