@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Implementation = Literal["reference", "numba", "triton"]
 _WHERE = "engine.kernels.nearest"
-_MOST_WORDS, _MOST_AXES = 2**25, 2**20  # distances fit int32; the error bound of the float32 filter holds
+_MOST_WORDS, _MOST_AXES = 2**24, 2**20  # distances fit int32; the error bound of the float32 filter holds
 
 
 def hamming_cross(query_nw: Any, database_mw: Any, *, implementation: Implementation | None = None) -> Any:

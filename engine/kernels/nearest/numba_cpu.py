@@ -74,7 +74,7 @@ def l2_topk(
     The filter works on values less the database's mean, scaled by a power of two so that the largest is at most 1 and rounded to
     float32: a, b. With u = 2**-24, d axes and S = |a| + |b|, rounding the inputs moves the squared distance by at most
     (2 u + u^2) S^2, the product of any summation order by d u / (1 - d u) |a| |b| <= 0.27 d u S^2 (doubled: 0.54 d u S^2, for
-    d <= 2**20), norms and sums by less than 4 u S^2. The bound used is (0.55 d + 16) u S^2.
+    d <= 2**20), norms and sums by less than 10 u S^2. The bound used is (0.55 d + 16) u S^2.
     """
     n, axes = query_nd.shape
     distance, index = np.full((n, k), np.inf, dtype=np.float32), np.full((n, k), -1, dtype=np.int64)
@@ -82,7 +82,7 @@ def l2_topk(
     query_group, database_group = _groups(exclude)
     if distance.size and len(database_md):
         mean_d = database_md.mean(axis=0, dtype=np.float64)
-        largest = max(np.abs(query_nd - mean_d).max(initial=0), np.abs(database_md - mean_d).max(initial=0))
+        largest = max(float(max(x.max(initial=0), -x.min(initial=0))) for x in (query_nd, database_md, mean_d)) * 2
         scale = 2.0 ** -np.ceil(np.log2(largest)) if largest > 0 else 1.0
         query, query_norm = _centred(query_nd, mean_d, scale)
         slack = np.float32((0.55 * axes + 16) * _UNIT)
@@ -138,9 +138,9 @@ def _interleaved(bits_nw: np.ndarray) -> np.ndarray:
 
 
 def _centred(rows_nd: np.ndarray, mean_d: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows less the mean, scaled, as float32; and their norms, float64, of the rounded rows."""
+    """Rows less the mean, scaled, as float32; and the norms of the rounded rows, summed in float64."""
     centred = ((rows_nd - mean_d) * scale).astype(np.float32)
-    return centred, np.sqrt(np.einsum("nd,nd->n", centred, centred, dtype=np.float64))
+    return centred, np.sqrt(np.einsum("nd,nd->n", centred, centred, dtype=np.float64)).astype(np.float32)
 
 
 @intrinsic
@@ -351,40 +351,53 @@ def _l2_row(
     distance: np.ndarray,
     index: np.ndarray,
 ) -> None:
-    """One query against one tile: first the upper bounds, then the exact sum of every pair they do not rule out."""
+    """One query against one tile: first the upper bounds, then the exact sum of every pair that they do not rule out."""
     k, size = len(upper), len(product)
-    norm32, square = np.float32(norm), np.float32(norm * norm)
-    bound, margin = np.empty(64, dtype=np.float32), np.empty(64, dtype=np.float32)
+    bound = np.empty(64, dtype=np.float32)
     places = np.empty(k, dtype=np.int64)
-    two, relative = np.float32(2), np.float32(1 + 2.0**-20)
-    for exact in range(2):
-        limit = upper[k - 1] * relative + least
-        for begin in range(0, size, 64):
-            width = min(64, size - begin)
-            hits = 0
-            for c in range(width):
-                b = np.float32(tile_norm[begin + c])
-                both = norm32 + b
-                bound[c] = (square + b * b) - two * product[begin + c]
-                margin[c] = slack * (both * both)
-                hits += (bound[c] - margin[c] <= limit) if exact else (bound[c] + margin[c] < upper[k - 1])
-            if hits == 0:
-                continue
-            for c in range(width):
-                m = m0 + begin + c
-                if exact:
-                    if bound[c] - margin[c] <= limit and not _skipped(n, m, exclude_self, query_group, database_group):
-                        total = 0.0
-                        for axis in range(query_nd.shape[1]):
-                            step = np.float64(query_nd[n, axis]) - np.float64(database_md[m, axis])
-                            total += step * step
-                        value = np.float32(total)
-                        if index[k - 1] < 0 or value < distance[k - 1]:
-                            _insert(distance, index, value, m)
-                elif bound[c] + margin[c] < upper[k - 1] and not _skipped(
-                    n, m, exclude_self, query_group, database_group
-                ):
-                    _insert(upper, places, bound[c] + margin[c], m)
+    for begin in range(0, size, 64):
+        width = min(64, size - begin)
+        if not _bounds(product, norm, tile_norm, slack, begin, width, upper[k - 1], bound):
+            continue
+        for c in range(width):
+            if bound[c] < upper[k - 1] and not _skipped(n, m0 + begin + c, exclude_self, query_group, database_group):
+                _insert(upper, places, bound[c], c)
+    limit = upper[k - 1] * np.float32(1 + 2.0**-20) + least
+    for begin in range(0, size, 64):
+        width = min(64, size - begin)
+        if not _bounds(product, norm, tile_norm, -slack, begin, width, limit, bound):
+            continue
+        for c in range(width):
+            m = m0 + begin + c
+            if bound[c] <= limit and not _skipped(n, m, exclude_self, query_group, database_group):
+                total = 0.0
+                for axis in range(query_nd.shape[1]):
+                    step = np.float64(query_nd[n, axis]) - np.float64(database_md[m, axis])
+                    total += step * step
+                value = np.float32(total)
+                if index[k - 1] < 0 or value < distance[k - 1]:
+                    _insert(distance, index, value, m)
+
+
+@numba.njit(cache=True, nogil=True)
+def _bounds(
+    product: np.ndarray,
+    norm: float,
+    tile_norm: np.ndarray,
+    slack: float,
+    begin: int,
+    width: int,
+    limit: float,
+    bound: np.ndarray,
+) -> int:
+    """Upper (slack > 0) or lower bounds of `width` squared distances; returns how many do not exceed `limit`."""
+    hits = 0
+    for c in range(width):
+        b = tile_norm[begin + c]
+        value = (norm * norm + b * b) - np.float32(2) * product[begin + c] + slack * ((norm + b) * (norm + b))
+        bound[c] = value
+        hits += value <= limit
+    return hits
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
