@@ -29,12 +29,12 @@ class ByteSource:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise InputError("a readable file", os.strerror(error.errno or 0), path) from None
-        self.path, self.warnings = path, warnings
-        self.stream: IO[bytes] = os.fdopen(descriptor, "rb")
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
-            self.close()
+            os.close(descriptor)
             raise InputError("a regular file", "a folder" if stat.S_ISDIR(facts.st_mode) else "a device or pipe", path)
+        self.path, self.warnings = path, warnings
+        self.stream: IO[bytes] = os.fdopen(descriptor, "rb")
         self.size = facts.st_size
         start = self.stream.read(4)
         self.stream.seek(0)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from engine.errors import InputError
 from engine.files.volumes import MODALITIES, PERPENDICULAR_COSINE, voxel_limit_bytes
@@ -158,10 +158,11 @@ def _content(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
         raise InputError("a readable file", os.strerror(error.errno or 0), path) from None
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise InputError("a regular file", "a folder, device or pipe", path)
     with os.fdopen(descriptor, "rb") as stream:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise InputError("a regular file", "a folder, device or pipe", path)
         if facts.st_size > voxel_limit_bytes():
             raise InputError("a file that fits memory", f"{facts.st_size} bytes", path)
         return stream.read()
@@ -236,8 +237,11 @@ def _frames(path: Path, dataset: Dataset, bare: bool) -> list[Frame]:
     if str(dataset.get("SOPClassUID", "")) == _DIRECTORY or "DirectoryRecordSequence" in dataset:
         raise NotAnImage("a DICOM directory")
     if "Rows" not in dataset or "Columns" not in dataset:
-        if "PixelSpacing" in dataset or "ImagePositionPatient" in dataset:
-            raise InputError("Rows and Columns", "none", path, "the file is cut")
+        # a slice whose end is lost must not be passed over as if it had never been one
+        meta = dataset.file_meta.get("MediaStorageSOPClassUID") if hasattr(dataset, "file_meta") else None
+        sop_class = dataset.get("SOPClassUID") or meta
+        if sop_class is None or "Image Storage" in UID(str(sop_class)).name:
+            raise InputError("Rows and Columns", "none: the header is cut", path, "copy it again")
         raise NotAnImage("a DICOM object without pixels")
     modality = str(dataset.get("Modality", ""))
     if modality in ("SEG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SR", "PR", "KO", "REG", "RWV"):

@@ -96,6 +96,8 @@ def _stored(array_dhw: np.ndarray, where: Path) -> tuple[np.ndarray, DSfloat, DS
         if high - low <= 65535 and abs(low) < 2**53:
             return (array - array.dtype.type(low)).astype(np.uint16), DSfloat("1"), DSfloat(f"{int(low)}")
     low, high = float(low), float(high)
+    if low == high:
+        return np.zeros(array.shape, dtype=np.uint16), DSfloat("1"), DSfloat(low, auto_format=True)
     # the slope must cover the range after rounding to 16 characters, so it is widened by more than that rounding
     intercept = DSfloat(low, auto_format=True)
     slope = DSfloat((high - low) / 65535 * (1 + 1e-9) + abs(float(intercept) - low) / 65535, auto_format=True)
