@@ -1,0 +1,230 @@
+"""From files to a verdict: `engine audit` and `engine nearest`, for panels and for scans alike.
+
+Here the two modalities meet the modality-blind audit: a panel is haplotypes as bits, a folder of scans is features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from engine import provenance
+from engine.atomic import atomic_folder, atomic_path
+from engine.audit import AuditPolicy, AuditResult, Pool, audit, hash_files, write_audit
+from engine.errors import InputError, UsageError
+from engine.release.report import audit_sections, write_report
+
+Progress = Callable[[str, int, int], None]
+PANEL_SUFFIXES = (".vcf", ".vcf.gz", ".bcf", ".pgen")
+_STAGES = 5  # lines that `audit` says
+
+
+def modality(path: Path) -> str:
+    """ "genotypes" or "scans", by what the path is called and holds.
+
+    Raises:
+        InputError: neither.
+    """
+    if not path.exists():
+        raise InputError("a panel, or a table or folder of scans", "nothing there", path)
+    if path.name.lower().endswith(PANEL_SUFFIXES):
+        return "genotypes"
+    if path.is_dir() or path.suffix.lower() == ".csv":
+        return "scans"
+    raise InputError(
+        "a panel (.vcf.gz, .bcf, .pgen), or a CSV or folder of scans", f"'{path.name}'", path, "engine files check"
+    )
+
+
+def load_policy(path: Path | None) -> AuditPolicy:
+    """Policy from YAML, or the documented default.
+
+    Raises:
+        UsageError: not a YAML mapping, an unknown key, or a value out of range.
+    """
+    from pydantic import ValidationError
+
+    if path is None:
+        return AuditPolicy()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return AuditPolicy.model_validate(values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError("a YAML file", " ".join(str(error).split())[:160], path) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc'])) or 'policy'}: {first['msg']}", where=path) from None
+
+
+def load_pools(
+    train: Path, holdout: Path, synthetic: Path, *, seed: int = 0, progress: Progress | None = None
+) -> tuple[str, dict[str, Pool], dict[str, Pool]]:
+    """(modality, pools by side, controls that need the modality) of three inputs of one kind.
+
+    Raises:
+        InputError: the inputs are of different kinds or cannot be read.
+    """
+    kinds = {name: modality(path) for name, path in (("train", train), ("holdout", holdout), ("synthetic", synthetic))}
+    if len(set(kinds.values())) != 1:
+        raise InputError("three inputs of one kind", ", ".join(f"{k}: {v}" for k, v in kinds.items()), "audit")
+    if kinds["train"] == "genotypes":
+        from engine.genomics.pools import audit_pools as panels
+
+        return "genotypes", panels(train, holdout, synthetic), {}
+    from engine.imaging.pools import audit_pools as scans
+
+    pools, controls = scans(train, holdout, synthetic, seed=seed, progress=progress)
+    return "scans", pools, controls
+
+
+def audit_files(
+    train: str | Path,
+    holdout: str | Path,
+    synthetic: str | Path,
+    out: str | Path,
+    *,
+    policy: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Audit files and write `audit.json`, `report.html` and `provenance.json` into the new folder `out`.
+
+    Returns:
+        {"modality", "verdict", "reasons", "findings", "controls", "out", "report"}, JSON-ready.
+
+    Raises:
+        InputError: an input cannot be used, or people are on both sides. UsageError: `out` exists, or a bad policy.
+    """
+    result, kind = run_audit(
+        Path(train), Path(holdout), Path(synthetic), Path(out), policy=policy, seed=seed, progress=progress
+    )
+    made = result.to_json()
+    return {
+        "modality": kind,
+        "verdict": made["verdict"],
+        "reasons": made["reasons"],
+        "findings": made["findings"],
+        "controls": made["controls"],
+        "out": str(out),
+        "report": str(Path(out) / "report.html"),
+    }
+
+
+def run_audit(
+    train: Path,
+    holdout: Path,
+    synthetic: Path,
+    out: Path,
+    *,
+    policy: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[AuditResult, str]:
+    """As `audit_files`, returning the result itself and the modality, for callers that put it into a larger report."""
+    if out.exists():
+        raise UsageError("a folder that does not exist yet", "an existing one", out, "another --out, or remove it")
+    rules = load_policy(None if policy is None else Path(policy))
+    for path in (train, holdout, synthetic):
+        modality(path)
+    audited = hash_files(synthetic)
+    kind, pools, controls = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
+    said = 0
+
+    def tell(line: str) -> None:
+        nonlocal said
+        said += 1
+        if progress is not None:
+            progress(f"audit of {kind}", min(said, _STAGES), _STAGES)
+
+    result = audit(
+        pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=rules, seed=seed, progress=tell
+    )
+    if progress is not None:
+        progress(f"audit of {kind}", _STAGES, _STAGES)
+    with atomic_folder(out) as folder:
+        write_audit(result, folder, audited=audited)
+        write_report(
+            folder / "report.html",
+            title=f"Audit of synthetic {kind}",
+            verdict=result.verdict,
+            reasons=result.reasons,
+            summary=[f for f in result.findings if f.verdict != "none"][:4],
+            sections=audit_sections(result),
+            facts={"commit": provenance.commit()["commit"], "seed": seed},
+        )
+        provenance.write(folder, "audit", config=rules.model_dump(mode="json"), inputs=[synthetic], seed=seed)
+    return result, kind
+
+
+def nearest_table(
+    query: str | Path, database: str | Path, out: str | Path, *, k: int = 1, exclude_self: bool = False
+) -> dict[str, Any]:
+    """Write the k nearest database rows of every query row as TSV: query, rank, neighbour, distance.
+
+    Haplotypes are named SAMPLE_0 and SAMPLE_1 and compared by the number of sites that differ; scans are compared by the
+    copy detector's Euclidean distance, 0 to 2. Ties go to the row that comes first.
+
+    Raises:
+        InputError: the two are of different kinds, sites or grids. UsageError: `out` exists.
+    """
+    from engine.audit.pools import topk
+
+    query, database, out = Path(query), Path(database), Path(out)
+    if out.exists():
+        raise UsageError("a file that does not exist yet", "an existing one", out, "another --out, or remove it first")
+    kinds = modality(query), modality(database)
+    if kinds[0] != kinds[1]:
+        raise InputError("a query and a database of one kind", " and ".join(kinds), "nearest")
+    sides: list[Pool]
+    if kinds[0] == "genotypes":
+        from engine.genomics.matching import common_sites
+        from engine.genomics.panel import read_panel
+        from engine.genomics.pools import haplotype_pool
+
+        panels = [read_panel(query), read_panel(database)]
+        chosen = common_sites({"query": panels[0].sites, "database": panels[1].sites})
+        sides = [haplotype_pool(panel.select(sites=site_l)) for panel, site_l in zip(panels, chosen, strict=True)]
+    else:
+        from engine.imaging.commands import read_folder
+        from engine.imaging.dataset import fit_volume
+        from engine.imaging.embedding import embed
+        from engine.imaging.pools import common_grid
+
+        read = [read_folder(query), read_folder(database)]
+        grid = common_grid(read[0][0])
+        sides = [
+            Pool("features", embed([fit_volume(v, grid) for v in volumes]), np.array(persons, dtype=str))
+            for volumes, persons in read
+        ]
+    own = np.arange(len(sides[0]), dtype=np.int64)
+    other = np.arange(len(sides[1]), dtype=np.int64)
+    distance_nk, index_nk = topk(sides[0], sides[1], k, exclude=(own, other) if exclude_self else None)
+    names = [_row_names(side) for side in sides]
+    with atomic_path(out) as partial, open(partial, "w", encoding="utf-8") as stream:
+        stream.write("query\trank\tneighbour\tdistance\n")
+        for row, (distances, indices) in enumerate(zip(distance_nk, index_nk, strict=True)):
+            for rank, (distance, index) in enumerate(zip(distances, indices, strict=True), start=1):
+                if index >= 0:
+                    stream.write(f"{names[0][row]}\t{rank}\t{names[1][index]}\t{distance:.6g}\n")
+    return {
+        "kind": kinds[0],
+        "query_rows": len(sides[0]),
+        "database_rows": len(sides[1]),
+        "k": k,
+        "median_nearest": float(np.median(distance_nk[:, 0])) if len(distance_nk) else None,
+        "out": str(out),
+    }
+
+
+def _row_names(pool: Pool) -> list[str]:
+    """Person id and, where a person has several rows, the number of the row."""
+    seen: dict[str, int] = {}
+    names = []
+    for person in pool.person.tolist():
+        at = seen[person] = seen.get(person, -1) + 1
+        names.append(f"{person}_{at}")
+    return names
