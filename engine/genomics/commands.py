@@ -309,8 +309,8 @@ def _write(
         f"##engine_command=genomics sample, engine {__version__}, commit {provenance.commit()['commit']}",
         f"##engine_model=li_stephens, sha256 {request['model_sha256']}, seed {seed}",
     ]
-    write_samples(panel, _beside(path, "samples.tsv"))
     write_panel(panel, path, header_lines=lines)
+    write_samples(panel, _beside(path, "samples.tsv"))
     record = provenance.record(
         "genomics sample", config=config, seed=seed, synthetic=True,
         extra={"file": path.name, "sha256": provenance.sha256(path), "request": request, "warnings": warnings},

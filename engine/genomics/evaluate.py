@@ -277,14 +277,17 @@ def _correlations(
 
     of_real, of_synthetic = both(real), both(synthetic)
     of_floor = None if matched is None else both(matched)
-    folds = [(both(real, fold), both(synthetic, fold)) for fold in range(FOLDS)] if _enough(real, synthetic) else []
+    without: list[list[float]] = [[], []]
+    for fold in range(FOLDS) if _enough(real, synthetic) else ():
+        for at, (one, other) in enumerate(zip(both(real, fold), both(synthetic, fold), strict=True)):
+            without[at].append(_pearson(one, other))
     findings = []
     for at, (name, what) in enumerate((("ld_r", "pairs"), ("three_point_r", "triples"))):
         value = _pearson(of_real[at], of_synthetic[at])
         findings.append(
             Finding(
                 name, value,
-                interval=_jackknife(value, [_pearson(a[at], b[at]) for a, b in folds]) if folds else None,
+                interval=_jackknife(value, without[at]) if without[at] else None,
                 n=_sizes(real=real, synthetic=synthetic), direction="higher",
                 floor=None if of_floor is None else _pearson(of_real[at], of_floor[at]), calibrated_on="train vs real",
                 note=f"{len(of_real[at])} {what} of {len(snps)} SNPs with MAF >= 1 % in real; jackknife over people",
