@@ -315,6 +315,7 @@ def _principal_components(
         fold_r, fold_s = _fold_of_haplotype(real), _fold_of_haplotype(synthetic)
         without = [component_distance(at_real[fold_r != f], at_synthetic[fold_s != f]) for f in range(FOLDS)]
         interval = _jackknife(value, without)
+        interval = None if interval is None else (max(0.0, interval[0]), interval[1])  # a distance
     floor = None if matched is None else component_distance(*joint_components(real, matched, components, seed))
     per_group = {}
     if real.group_n is not None and synthetic.group_n is not None:
