@@ -187,7 +187,8 @@ def parse_config(values: dict[str, Any], where: object = "config") -> ImagingCon
     try:
         return ImagingConfig.model_validate(values)
     except ValidationError as error:
-        fault = error.errors()[0]
+        # an unknown key first: beside a missing one it is usually its misspelling
+        fault = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         location = tuple(fault["loc"])
         key = ".".join(str(part) for part in location) or "config"
         if fault["type"] == "extra_forbidden":
