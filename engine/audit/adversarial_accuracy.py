@@ -17,6 +17,7 @@ from engine.errors import InputError
 from engine.seeding import generator
 
 _BLOCKS = 25  # of the jackknife
+_LOSS_NOTE = "AATS(holdout) - AATS(train): positive is nearer to training; fails where the whole interval lies above"
 _KEEP = 12  # neighbours kept, so that the nearest one outside a deleted block is known
 
 
@@ -56,8 +57,8 @@ def privacy_loss(
     findings = []
     for name, value, block_b, note in (
         ("aats_test", test, test_b, "adversarial accuracy against unseen real rows; 0.5 is ideal"),
-        ("aats_train", same, same_b, "adversarial accuracy against training rows; below 0.5 is copying"),
-        ("privacy_loss", test - same, test_b - same_b, "AATS(holdout) - AATS(train); positive: nearer to training"),
+        ("aats_train", same, same_b, "against training rows; fails where the whole interval lies below"),
+        ("privacy_loss", test - same, test_b - same_b, _LOSS_NOTE),
     ):
         findings.append(
             Finding(

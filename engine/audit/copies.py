@@ -19,6 +19,7 @@ often.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +138,13 @@ class CopySearch:
         rng, m = generator(seed, "audit.matched"), min(len(self.train_people), len(self.holdout_people))
         draw = lambda people: rng.choice(people, m, replace=False)  # noqa: E731
         self._matched = [(draw(self.train_people), draw(self.holdout_people)) for _ in range(policy.subsets)]
+
+    @cached_property
+    def relabellings(self) -> NDArray[np.float32]:
+        """999 random choices of as many people of both sides together as training has; 1 where chosen, (999, people)."""
+        label = np.zeros((999, self.codes), dtype=np.float32)
+        label[:, : len(self.train_people)] = 1
+        return generator(self.seed, "audit.relabel").permuted(label, axis=1)
 
     def score(self, rows: Pool, purpose: str) -> Scores:
         """Score synthetic or control rows: all of T, and the holdout less one person drawn at random for each row."""

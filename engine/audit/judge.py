@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,6 @@ from engine.audit.intervals import (
 )
 from engine.audit.policy import AuditPolicy
 from engine.errors import InputError
-from engine.seeding import generator
-
-_RELABELLINGS = 1999
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,7 @@ def copy_share(
     interval = clopper_pearson(flagged, people)
     expected = attainable_level(level, null.people)
     chance = excess_p(flagged, people, level, null.people)
-    tested = [x for x in policy.levels if null.people >= people_needed(x)]
-    failed = chance < policy.alpha / len(tested) and interval[0] > expected + policy.tolerated_excess
+    allowed = _most_allowed(people, level, null.people, policy)
     by_group = {}
     if group_n is not None:
         for group in np.unique(group_n):
@@ -138,14 +135,31 @@ def copy_share(
         value=flagged / people,
         interval=interval,
         n=people,
-        threshold=expected + policy.tolerated_excess,
+        threshold=allowed / people,
         calibrated_on=f"{null.calibrated_on}, {null.people} people",
         direction="lower",
-        verdict="fail" if failed else "pass",
+        verdict="fail" if np.floor(flagged + 1e-9) > allowed else "pass",
         unit="share",
-        note=f"people nearer to training than all but {expected:.2%} of unseen real people are",
+        note=f"people nearer to training than all but {expected:.2%} of unseen real people, which is what chance gives",
         detail={"p_value": chance, "expected": expected, "flagged_rows": int(flagged_n.sum()), "by_group": by_group},
     )
+
+
+def _most_allowed(people: int, level: float, null_people: int, policy: AuditPolicy) -> int:
+    """Largest number of flagged people that passes: not surely above chance, or not surely above what is tolerated."""
+    tested = sum(null_people >= people_needed(x) for x in policy.levels)
+    limit = attainable_level(level, null_people) + policy.tolerated_excess
+    return _largest_passing(people, level, null_people, policy.alpha / max(1, tested), limit)
+
+
+@cache
+def _largest_passing(people: int, level: float, null_people: int, alpha: float, limit: float) -> int:
+    low, high = 0, people + 1  # `low` passes, `high` fails or is beyond the end; both conditions only tighten with k
+    while high - low > 1:
+        k = (low + high) // 2
+        fails = excess_p(k, people, level, null_people) < alpha and clopper_pearson(k, people)[0] > limit
+        low, high = (low, k) if fails else (k, high)
+    return low
 
 
 def _discoveries(p_n: NDArray[np.float64], policy: AuditPolicy) -> Finding:
@@ -172,12 +186,11 @@ def _nearer_train(search: CopySearch, scores: Scores) -> Finding:
     pull, policy, n = scores.pull, search.policy, len(scores)
     if pull is None:
         raise ValueError("scores of tested rows carry a pull; these are of a null")
-    rng = generator(search.seed, "audit.nearer_train")
     attracted = np.bincount(pull.train_person_n, weights=pull.to_train_n, minlength=search.codes)
     attracted += np.bincount(pull.holdout_person_n, weights=1 - pull.to_train_n, minlength=search.codes)
     observed = attracted[search.train_people].sum()
-    relabelled = np.array([rng.permutation(attracted)[: len(search.train_people)].sum() for _ in range(_RELABELLINGS)])
-    chance = float((1 + (relabelled >= observed - 1e-9).sum()) / (_RELABELLINGS + 1))
+    relabelled = search.relabellings @ attracted
+    chance = float((1 + (relabelled >= observed - 1e-9).sum()) / (len(relabelled) + 1))
 
     m = min(len(search.train_people), len(search.holdout_people))
     variances = []
@@ -199,7 +212,7 @@ def _nearer_train(search: CopySearch, scores: Scores) -> Finding:
         verdict="fail" if chance < policy.alpha and interval[0] > limit else "pass",
         unit="share",
         floor=0.5,
-        note="rows nearer to training than to as many unseen people; one half where training was not remembered",
+        note="rows nearer to training than to as many unseen people; fails where the whole interval lies above",
         detail={
             "p_value": chance,
             "share_whole_training_side": float(observed / n),

@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 REAL, SYNTHETIC, ALERT, GOOD, OTHER, QUIET = "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#B8860B", "#7A7A7A"
 _COLOURS = {"real": REAL, "real, unseen": REAL, "synthetic": SYNTHETIC, "fresh_real": GOOD, "truth": REAL}
@@ -46,7 +46,7 @@ _RC: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-WIDTH, HEIGHT = 5.2, 3.5  # inches; drawings scale to their column
+WIDTH, HEIGHT = 4.6, 3.2  # inches; drawings scale to their column
 
 
 def pca(figure: Mapping[str, Any]) -> str:
@@ -63,24 +63,16 @@ def pca(figure: Mapping[str, Any]) -> str:
         groups = {"real": groups}
     known = sorted({str(g) for labels in groups.values() if labels is not None for g in labels})
     with plt.rc_context(_RC):
-        panels = len(sides) if len(known) > 1 else 1
-        drawing, axes = plt.subplots(
-            1, panels, figsize=(WIDTH * (1.35 if panels > 1 else 1), HEIGHT), sharex=True, sharey=True, squeeze=False
-        )
-        for i, (name, xy) in enumerate(sides.items()):
-            axis, labels = axes[0, min(i, panels - 1)], groups.get(name)
-            if panels > 1 and labels is not None and len(labels) == len(xy):
+        drawing, axis = _axes(_component(1, figure.get("variance")), _component(2, figure.get("variance")))
+        for name, xy in sides.items():
+            labels, marker = groups.get(name), "o" if name == "real" else "^"
+            if len(known) > 1 and labels is not None and len(labels) == len(xy):
                 for j, group in enumerate(known):
                     inside = np.asarray([str(g) for g in labels]) == group
-                    _dots(axis, xy[inside], _palette(j), group, "o^sDvP*X"[j % 8])
+                    _dots(axis, xy[inside], _palette(j), f"{group}, {name}", marker, hollow=name == "synthetic")
             else:
-                _dots(axis, xy, _COLOURS[name], name, "o" if name == "real" else "^")
-            if panels > 1:
-                axis.set_title(f"{name} (n = {len(xy)})")
-            axis.set_xlabel(_component(1, figure.get("variance")))
-        axes[0, 0].set_ylabel(_component(2, figure.get("variance")))
-        handles, names = axes[0, 0].get_legend_handles_labels()
-        axes[0, -1].legend(handles, names, markerscale=1.6, loc="best")
+                _dots(axis, xy, _COLOURS[name], f"{name} (n = {len(xy)})", marker, hollow=name == "synthetic")
+        axis.legend(markerscale=1.5, loc="best", ncols=len(sides) if len(known) > 1 else 1, columnspacing=0.8)
         return _svg(drawing)
 
 
@@ -93,7 +85,7 @@ def ld_decay(figure: Mapping[str, Any]) -> str:
             values = np.asarray(figure[name], dtype=float)
             axis.plot(distance_kb, values, _DASHES[i], color=_COLOURS.get(name, QUIET), label=name, marker=".", lw=1.8)
         if len(distance_kb) > 2 and distance_kb.min() > 0:
-            axis.set_xscale("log")
+            _log(axis, "x")
         axis.set_ylim(bottom=0)
         axis.legend()
         return _svg(drawing)
@@ -149,10 +141,9 @@ def histogram(figure: Mapping[str, Any]) -> str:
             axis.axvline(float(figure["threshold"]), color=QUIET, ls=":", lw=1.4)
             place = (float(figure["threshold"]), 0.98)
             axis.annotate("threshold", place, xycoords=("data", "axes fraction"), fontsize=8)
-        if figure.get("log"):
-            axis.set_yscale("log")
-        if figure.get("x_log"):
-            axis.set_xscale("log")
+        for which, wanted in (("x", "x_log"), ("y", "log")):
+            if figure.get(wanted):
+                _log(axis, which)
         axis.legend()
         return _svg(drawing)
 
@@ -175,7 +166,9 @@ def roc(figure: Mapping[str, Any]) -> str:
             fpr, tpr = np.clip(curve["fpr"], low, 1), np.clip(curve["tpr"], low, 1)
             label = f"{name.replace('_', ' ')} (AUC {curve['auc']:.2f})"
             axis.plot(fpr, tpr, color=colour, ls=_DASHES[i % 4], lw=1.8, label=label, drawstyle="steps-post")
-        axis.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.05))
+        _log(axis, "x")
+        _log(axis, "y")
+        axis.set(xlim=(low, 1), ylim=(low, 1.05))
         axis.legend(loc="lower right")
         return _svg(drawing)
 
@@ -252,12 +245,23 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return drawing, axis
 
 
-def _dots(axis: Axes, xy: NDArray, colour: str, label: str, marker: str) -> None:
+def _log(axis: Axes, which: str) -> None:
+    """Logarithmic axis with plain numbers: raised exponents are too small to read on a telephone."""
+    side = axis.xaxis if which == "x" else axis.yaxis
+    (axis.set_xscale if which == "x" else axis.set_yscale)("log")
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
+
+
+def _dots(axis: Axes, xy: NDArray, colour: str, label: str, marker: str, hollow: bool = False) -> None:
     if len(xy) > 4000:  # a drawing of every point would weigh megabytes and show no more
         xy = xy[np.linspace(0, len(xy) - 1, 4000).astype(int)]
     size = 12 if len(xy) < 800 else 5
-    shown = label.replace("_", " ")
-    axis.scatter(xy[:, 0], xy[:, 1], s=size, color=colour, marker=marker, alpha=0.55, linewidths=0, label=shown or None)
+    shown = label.replace("_", " ") or None
+    ink: dict[str, Any] = {"facecolors": colour, "linewidths": 0}
+    if hollow:
+        ink = {"facecolors": "none", "edgecolors": colour, "linewidths": 0.8}
+    axis.scatter(xy[:, 0], xy[:, 1], s=size, marker=marker, alpha=0.6, label=shown, **ink)
 
 
 def _palette(i: int) -> str:

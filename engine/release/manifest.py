@@ -32,6 +32,7 @@ ALLOWED = (
 _STAYS = {"provenance.json"}  # of the run; read, reduced, never copied
 _PROVENANCE = ("command", "created_utc", "commit", "modified", "seed", "versions", "synthetic_data")
 _SHORTEST_FORBIDDEN = 5
+_NEXT = "engine audit ... --out DIR writes one"
 
 
 def release(
@@ -119,11 +120,11 @@ def _read_audit(path: Path) -> dict[str, Any]:
     try:
         audit = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError("an audit.json", type(error).__name__, path, "engine audit ... --out DIR writes one") from None
+        raise InputError("an audit.json", type(error).__name__, path, _NEXT) from None
     if not isinstance(audit, dict) or audit.get("schema") != AUDIT_SCHEMA or "verdict" not in audit:
-        raise InputError(f"schema {AUDIT_SCHEMA}", "something else", path, "engine audit ... --out DIR writes one")
+        raise InputError(f"schema {AUDIT_SCHEMA}", "something else", path, _NEXT)
     listed = audit.get("audited", [])
-    if not isinstance(listed, list) or not all(isinstance(e, dict) and {"path", "sha256"} <= set(e) for e in listed):
+    if not isinstance(listed, list) or not all(isinstance(e, dict) and "path" in e and "sha256" in e for e in listed):
         raise InputError("a list of audited files with path and sha256", "something else", path)
     return audit
 
@@ -131,15 +132,14 @@ def _read_audit(path: Path) -> dict[str, Any]:
 def _check_bytes(present: Mapping[str, Mapping[str, Any]], audited: list[dict[str, Any]], audit_path: Path) -> None:
     known = {e["path"]: e["sha256"] for e in audited if PurePosixPath(e["path"]).name not in _STAYS}
     if not known:
-        raise GateRefused("the hashes of the audited files", "none", audit_path, "audit the files, not arrays in memory")
+        raise GateRefused("the hashes of the audited files", "none", audit_path, "audit files, not arrays")
     extra, missing = sorted(set(present) - set(known)), sorted(set(known) - set(present))
     changed = sorted(name for name in set(known) & set(present) if known[name] != present[name]["sha256"])
-    for what, names in (("never audited", extra), ("audited but absent", missing), ("changed since the audit", changed)):
+    differences = {"never audited": extra, "audited but absent": missing, "changed since the audit": changed}
+    for what, names in differences.items():
         if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise GateRefused(
-                "exactly the audited bytes", f"{len(names)} files {what} ({shown})", audit_path, "audit this folder again"
-            )
+            got = f"{len(names)} files {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            raise GateRefused("exactly the audited bytes", got, audit_path, "audit this folder again")
 
 
 def _short(finding: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,17 +158,15 @@ def _reduced(path: Path) -> dict[str, Any]:
 
 
 def _refuse_forbidden(folder: Path, words: list[str]) -> None:
-    """Look for each word in names and contents. The refusal names the file and never the word: it may be a
-    person's id.
-    """
+    """Look for each word in names and contents. The refusal never shows the word, which may be a person's id."""
     needles = [word.encode() for word in words]
     if not needles:
         return
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        inside = any(needle in name.encode() for needle in needles)
-        inside = inside or any(needle in block for block in _contents(path, max(map(len, needles))) for needle in needles)
-        if inside:
+        longest = max(map(len, needles))
+        blocks = [name.encode()] if any(n in name.encode() for n in needles) else _contents(path, longest)
+        if any(needle in block for block in blocks for needle in needles):
             raise GateRefused("nothing of a real person", "a forbidden string", f"file {_masked(name, words)}")
 
 
@@ -213,7 +211,8 @@ def _card(manifest: Mapping[str, Any]) -> str:
         *([manifest["description"], ""] if manifest["description"] else []),
         f"- Files: {len(manifest['files'])}, {total / 1e6:.1f} MB; hashes in `SHA256SUMS`",
         f"- Licence: {manifest['licence']}",
-        f"- Made by: engine {manifest['engine']}, commit {made.get('commit', 'unknown')}, seed {made.get('seed', 'unknown')}",
+        f"- Made by: engine {manifest['engine']}, commit {made.get('commit', 'unknown')}, "
+        f"seed {made.get('seed', 'unknown')}",
         f"- Audit: {audit['verdict']}, on exactly these bytes (audit.json {audit['sha256'][:16]}...)",
         "",
         "## What the audit found",
@@ -235,7 +234,7 @@ def _card(manifest: Mapping[str, Any]) -> str:
         "",
         "- Decisions about any person, diagnosis, or as evidence of how common a finding is in the population.",
         "- Being mixed with real data without keeping the synthetic mark.",
-        "- A passing audit bounds what its searches can see at its sample sizes; it does not prove that nothing leaked.",
+        "- A passing audit bounds what its searches can see at its sample sizes; it is no proof that nothing leaked.",
         "",
     ]
     return "\n".join(lines)

@@ -199,7 +199,8 @@ def number(value: float | None, unit: str = "") -> str:
     if value is None or not math.isfinite(value):
         return "not available"
     if unit == "share":
-        return f"{100 * value:.3g} %" if abs(value) < 0.995 else f"{100 * value:.1f} %"
+        percent = 100 * value
+        return f"{percent:.1f}\u00a0%" if abs(percent) >= 1 or percent == 0 else f"{percent:.2g}\u00a0%"
     if float(value).is_integer() and abs(value) < 1e12:
         text = f"{int(value):,}".replace(",", "\u202f")
     elif abs(value) >= 1000:
@@ -264,7 +265,8 @@ def _figure(name: str, value: Any, prefix: str) -> dict[str, str]:
         tiles = np.asarray(value["tiles"])
         caption = str(value.get("caption", "Slices of volumes, each tile one volume."))
         columns = value.get("columns")
-        alt = f"{title or 'Montage'}: {math.prod(tiles.shape[:-2])} tiles, {tiles.shape[-2]} by {tiles.shape[-1]} pixels"
+        high, wide = tiles.shape[-2:]
+        alt = f"{title or 'Montage'}: {math.prod(tiles.shape[:-2])} tiles, {high} by {wide} pixels"
         image = drawings.montage(tiles, columns=columns)
         return {"title": title, "caption": caption, "alt": alt, "image": image, "svg": ""}
     if kind not in _DRAW:
