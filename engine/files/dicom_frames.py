@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import stat
+import struct
 import warnings as python_warnings
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from engine.errors import InputError
@@ -31,6 +33,8 @@ from engine.files.volumes import MODALITIES, PERPENDICULAR_COSINE, voxel_limit_b
 
 # No codec of the standard shrinks a real image more than this; a file that declares more is hostile.
 _MOST_EXPANSION = 2000
+# JPEG markers of a frame header: SOF0-15 without DHT, JPG and DAC, and JPEG-LS
+_FRAME_HEADERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7})
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _OTHER_FORMATS = (
     b"\x89PNG",
@@ -135,6 +139,8 @@ def read_pixels(path: Path) -> np.ndarray:
             raise InputError(f"{declared} bytes of PixelData", f"{held}", path, "copy the file again")
         if declared > voxel_limit_bytes() or (encapsulated and declared > held * _MOST_EXPANSION + (1 << 20)):
             raise InputError("a plausible image size", f"{declared} bytes declared, {held} held", path)
+        if encapsulated:
+            _refuse_lying_streams(path, dataset, rows, columns, frames)
         try:
             array = np.asarray(dataset.pixel_array)
         except Exception as error:
@@ -142,6 +148,44 @@ def read_pixels(path: Path) -> np.ndarray:
         if array.size != rows * columns * frames or array.dtype.kind not in "iu":
             raise InputError(f"{frames} grey images of {rows}x{columns}", f"shape {array.shape}", path)
         return array.reshape(frames, rows, columns)
+
+
+def _refuse_lying_streams(path: Path, dataset: Dataset, rows: int, columns: int, frames: int) -> None:
+    """Compare the size inside each JPEG or JPEG 2000 stream with Rows and Columns before a codec, which would believe it.
+
+    A decoder handed a size of millions of columns allocates for it or runs for minutes.
+    """
+    try:
+        sizes = [_stream_size(stream) for stream in generate_frames(dataset.PixelData, number_of_frames=frames)]
+    except Exception as error:
+        raise InputError("encapsulated pixels", f"damaged ones ({type(error).__name__})", path) from None
+    for size in sizes:
+        if size not in (None, (rows, columns)):
+            raise InputError(f"compressed images of {rows}x{columns}", "another size inside the stream", path)
+
+
+def _stream_size(stream: bytes) -> tuple[int, int] | None:
+    """(rows, columns) of a JPEG, JPEG-LS or JPEG 2000 stream; (0, 0) if implausible; None for others, such as RLE.
+
+    Sources: ITU-T T.81 B.2.2 and T.87 C.2.2 (frame header), T.800 A.5.1 (SIZ marker).
+    """
+    start = stream.find(b"\xff\x4f\xff\x51", 0, 512)
+    if start >= 0:
+        right, bottom, left, top, width, height = struct.unpack_from(">6I", stream, start + 8)
+        components = struct.unpack_from(">H", stream, start + 40)[0]
+        tiles = (right // width + 1) * (bottom // height + 1) if width and height else 0
+        plausible = components == 1 and 1 <= tiles <= right * bottom // 256 + 4
+        return (bottom - top, right - left) if plausible else (0, 0)
+    if stream[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(stream) and stream[at] == 0xFF:
+        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4])
+        if marker in _FRAME_HEADERS:
+            height, width = struct.unpack_from(">2H", stream, at + 5)
+            return height, width
+        at += 1 if marker == 0xFF else 2 + length
+    return 0, 0
 
 
 def pixels_of(frame: Frame, stored: np.ndarray) -> np.ndarray:

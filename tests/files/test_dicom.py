@@ -390,6 +390,17 @@ def test_compressed_and_deflated_slices_are_read_alike_and_a_bomb_is_not(series:
     assert (verdict, "grows beyond" in why) == ("reject", True), why
 
 
+def test_a_stream_that_claims_another_size_never_reaches_the_codec(real_data: Path, tmp_path: Path) -> None:
+    """A JPEG 2000 stream of 8 million columns keeps its decoder busy for minutes."""
+    folder = real_data / "dicom" / "dicom2nifti" / "tests" / "data" / "generic"
+    for codec, marker, at in [("compressed_j2k", b"\xff\x4f\xff\x51", 9), ("compressed_jpegls", b"\xff\xf7", 5)]:
+        content = bytearray(sorted((folder / codec / "001").glob("*.dcm"))[0].read_bytes())
+        content[content.find(marker) + at] = 0x7A
+        (tmp_path / "lying.dcm").write_bytes(content)
+        verdict, why = check(tmp_path / "lying.dcm")
+        assert (verdict, "another size" in why) == ("reject", True), why
+
+
 def test_nothing_a_header_says_about_a_person_is_kept_or_told(
     tmp_path: Path, series: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -406,9 +417,12 @@ def test_nothing_a_header_says_about_a_person_is_kept_or_told(
         dataset.save_as(path)
     capfd.readouterr()
     caplog.clear()
-    data = read_series(series)
-    write_series(tmp_path / "out", data)
-    said = [repr(data), *check(series), caplog.text, *capfd.readouterr()]
+    with warnings.catch_warnings(record=True) as warned:  # pytest would keep them from standard error
+        warnings.simplefilter("always")
+        data = read_series(series)
+        write_series(tmp_path / "out", data)
+        said = [repr(data), *check(series)]
+    said += [*(str(warning.message) for warning in warned), caplog.text, *capfd.readouterr()]
     with pytest.raises(InputError) as caught:
         read_series(series, series_uid="1.2")
     said.append(str(caught.value))
