@@ -57,14 +57,14 @@ class Density:
             return cls(low, high, (grid - low) / (high - low))
         below = stats.norm.cdf((grid[:, None] - values[None]) / width)
         share = (below - below[:1]) / (below[-1:] - below[:1])
-        return cls(low, high, share.mean(axis=1))
+        return cls(low, high, np.round(share.mean(axis=1), 8))  # as it is saved: a loaded model makes the same people
 
     def draw(self, uniform: np.ndarray) -> np.ndarray:
         """Values at the given probabilities."""
         return np.interp(uniform, self.cumulative, np.linspace(self.low, self.high, len(self.cumulative)))
 
     def to_json(self) -> dict[str, Any]:
-        return {"low": self.low, "high": self.high, "cumulative": [round(float(c), 8) for c in self.cumulative]}
+        return {"low": self.low, "high": self.high, "cumulative": self.cumulative.tolist()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Density:

@@ -77,7 +77,11 @@ def measure(volumes: Sequence[Volume]) -> Measures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Straight line from dark volume to ventricle volume, with its R2 over people it was not fitted to."""
+    """Dark volume = intercept + slope * ventricle volume, solved for the latter; R2 over people it was not fitted to.
+
+    The line is that of the dark volume on the true one, not the reverse, which would pull every estimate towards the
+    mean: ventricles are an outcome in all that follows, and an outcome's error does no harm when it is centred on zero.
+    """
 
     intercept: float
     slope: float
@@ -86,7 +90,7 @@ class Calibration:
 
     def ventricle_mm3(self, measures: Measures) -> np.ndarray:
         """Ventricle volume in mm3, never below 1000: a log is taken of it."""
-        return np.maximum(self.intercept + self.slope * measures.dark_mm3, 1000.0)
+        return np.maximum((measures.dark_mm3 - self.intercept) / self.slope, 1000.0)
 
 
 def calibrate(measures: Measures, true_mm3: np.ndarray, scans: Table, folds: int = 5) -> Calibration:
@@ -104,8 +108,8 @@ def calibrate(measures: Measures, true_mm3: np.ndarray, scans: Table, folds: int
     predicted = np.empty_like(y)
     for fold in range(folds):
         out = people % folds == fold
-        slope, intercept = np.polyfit(x[~out], y[~out], 1)
-        predicted[out] = intercept + slope * x[out]
+        slope, intercept = np.polyfit(y[~out], x[~out], 1)
+        predicted[out] = (x[out] - intercept) / slope
     r2 = 1 - float(((y - predicted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-    slope, intercept = np.polyfit(x, y, 1)
+    slope, intercept = np.polyfit(y, x, 1)
     return Calibration(float(intercept), float(slope), r2, len(y))
