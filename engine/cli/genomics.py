@@ -50,7 +50,7 @@ def sample(
     group: Annotated[
         str | None, typer.Option("--group", help="Only this group; default: groups in the panel's proportions.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: the seed of the run's config.")] = None,
     shard: Shard = "0/1",
     json: JsonFlag = False,
 ) -> None:
@@ -59,6 +59,20 @@ def sample(
 
     with progress_bar() as progress:
         result = sample_command(run, n, group=group, seed=seed, shard=parse_shard(shard), out=out, progress=progress)
+    emit(result, json)
+
+
+@app.command()
+def finish(
+    out: Annotated[Path, typer.Argument(help="What --out of the shards was.")],
+    shards: Annotated[int, typer.Option("--shards", min=2, help="How many shards there are.")],
+    json: JsonFlag = False,
+) -> None:
+    """Join the shards of `engine genomics sample --shard i/k` into one file; the shards stay."""
+    from engine.genomics.commands import finish_command
+
+    with progress_bar() as progress:
+        result = finish_command(out, shards, progress=progress)
     emit(result, json)
 
 

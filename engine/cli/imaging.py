@@ -51,14 +51,18 @@ def sample(
     seed: Seed = 0,
     shard: Shard = "0/1",
     overrides: Overrides = None,
+    covariates: Annotated[
+        Path | None, typer.Option("--covariates", help="CSV: one row per visit, column `subject` and covariates.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Generate outside the trained field of view.")] = False,
     format: Annotated[str, typer.Option("--format", help="nifti, or dicom: one folder per series.")] = "nifti",
     json: JsonFlag = False,
 ) -> None:
     """Write synthetic volumes; `--set age=70` fixes a covariate, the others follow the training distribution."""
-    from engine.imaging.commands import sample_command
+    from engine.imaging.shards import sample_shard
 
     with progress_bar() as progress:
-        result = sample_command(
+        result = sample_shard(
             run,
             n,
             seed=seed,
@@ -66,8 +70,24 @@ def sample(
             set=parse_assignments(overrides),
             out=out,
             format=format,
+            covariates_csv=covariates,
+            force=force,
             progress=progress,
         )
+    emit(result, json)
+
+
+@app.command()
+def finish(
+    out: Annotated[Path, typer.Argument(help="What --out of the shards was.")],
+    shards: Annotated[int, typer.Option("--shards", min=2, help="How many shards there are.")],
+    json: JsonFlag = False,
+) -> None:
+    """Join the shards of `engine imaging sample --shard i/k` into the folder a run without shards would have made."""
+    from engine.imaging.shards import finish as join
+
+    with progress_bar() as progress:
+        result = join(out, shards, progress=progress)
     emit(result, json)
 
 
@@ -78,7 +98,8 @@ def evaluate(
     train: Annotated[
         Path | None, typer.Option("--train", help="Training volumes: for the real-versus-real floor.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for findings and figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for findings and a montage.")] = None,
+    modality: Annotated[str | None, typer.Option("--modality", help="What NIfTI files hold: CT (HU) or MR.")] = None,
     seed: Seed = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -86,5 +107,7 @@ def evaluate(
     from engine.imaging.commands import evaluate_command
 
     with progress_bar() as progress:
-        result = evaluate_command(real, synthetic, train=train, out=out, seed=seed, progress=progress)
+        result = evaluate_command(
+            real, synthetic, train=train, out=out, modality=modality, seed=seed, progress=progress
+        )
     emit(result, json, lambda r: finding_lines(r["findings"]))

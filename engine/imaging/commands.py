@@ -29,10 +29,13 @@ def train_command(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`engine imaging train`: see `engine.imaging.train.train`."""
+    """`engine imaging train`: see `engine.imaging.train.train`; also leaves `train.csv` and `holdout.csv` in `out`."""
+    from engine.imaging.split import write_split
     from engine.imaging.train import train
 
-    return train(load_config(config_path, list(overrides)), data_csv, out, resume, progress)
+    config = load_config(config_path, list(overrides))
+    result = train(config, data_csv, out, resume, progress)
+    return {**result, "scans": write_split(data_csv, config.data, out)}
 
 
 def shard_range(n: int, shard: tuple[int, int]) -> range:
