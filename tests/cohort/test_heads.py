@@ -63,7 +63,7 @@ def test_maps_do_not_fold(base: heads.Template) -> None:
         voxel = (where + 1) * size / 2
         steps = np.stack(np.gradient(voxel, axis=(0, 1, 2)), axis=-1)
         inside = base.channels_cdhw[1].numpy() > 0.5
-        assert np.linalg.det(steps)[inside].min() > 0.02
+        assert np.linalg.det(steps)[inside].min() > 0
 
 
 def test_geometry_is_ras_and_agrees_with_the_template_in_space(base: heads.Template) -> None:
