@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine import provenance, seeding
-from engine.atomic import atomic_path, write_text
+from engine.atomic import write_text
 from engine.devices import cpu_flags
-from engine.errors import CorruptRun, EngineError, UsageError
+from engine.errors import EngineError, UsageError
 from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss
 from engine.imaging.config import Budget, ImagingConfig, dump_config, load_config
 from engine.imaging.dataset import (
@@ -43,7 +42,7 @@ from engine.imaging.dataset import (
 )
 from engine.imaging.denoiser import Condition, Denoiser
 from engine.imaging.flow import interpolate, training_times, velocity_target
-from engine.provenance import sha256
+from engine.imaging.latents import Latents, cached_latents, random_shift
 from engine.training import checkpoint, preemption
 from engine.training.clock import Clock
 from engine.training.ema import Ema
@@ -97,7 +96,8 @@ def train(
         else:
             _train_autoencoder(run, autoencoder, scans, parts, state)
             parts, state = {}, {}
-        latents = _cached_latents(run, autoencoder, scans, state)
+        cache = out / "cache" / "latents.safetensors"
+        latents = cached_latents(config, autoencoder, scans, cache, state.get("latents_sha256"), accelerator)
 
         torch.manual_seed(seeding.derived_seed(config.seed, "imaging.weights", 1))
         denoiser = _new_denoiser(config, covariates).to(accelerator.device)
@@ -167,7 +167,7 @@ def _train_autoencoder(
         x = torch.from_numpy(
             np.stack(
                 [
-                    shifted(scans.x_bcdhw[i], _offset(config.seed, p, budget.shift_voxels))
+                    shifted(scans.x_bcdhw[i], random_shift(config.seed, p, budget.shift_voxels))
                     for p, i in zip(positions, indices)
                 ]
             )
@@ -184,16 +184,16 @@ def _train_autoencoder(
         terms = reconstruction_loss(budget, output, x)
         terms["kl"] = kl_per_element(mean, log_variance)
         loss = terms["l1"] + budget.gradient_weight * terms["gradient"] + budget.kl_weight * terms["kl"]
-        adversarial = adversary is not None and clock.progress() >= budget.adversarial_start
-        if adversarial:
-            judge.requires_grad_(False)  # a distributed wrapper must not gather gradients that are not wanted here
+        adversarial = bool(adversary) and clock.progress() >= budget.adversarial_start
+        if adversary and adversarial:
+            adversary.requires_grad_(False)  # the plain module: a distributed wrapper would wait for its gradients
             with run.autocast():
-                terms["adversarial"] = (judge(output)[-1].float() - 1.0).square().mean()
-            judge.requires_grad_(True)
+                terms["adversarial"] = (adversary(output)[-1].float() - 1.0).square().mean()
+            adversary.requires_grad_(True)
             loss = loss + budget.adversarial_weight * terms["adversarial"]
         if run.step(clock, loss, model, optimizer, indices) and adversarial and adversary_optimizer:
             with run.autocast():
-                real, fake = judge(x)[-1].float(), judge(output.detach())[-1].float()
+                real, fake = judge(torch.cat([x, output.detach()]))[-1].float().chunk(2)
             adversary_optimizer.zero_grad()
             run.accelerator.backward(0.5 * ((real - 1.0).square().mean() + fake.square().mean()))
             adversary_optimizer.step()
@@ -294,80 +294,6 @@ def _new_denoiser(config: ImagingConfig, covariates: list[Covariate]) -> Denoise
     levels = [len(c.levels) for c in covariates if c.kind == "categorical"]
     continuous = sum(c.kind == "continuous" for c in covariates)
     return Denoiser(config.flow, config.autoencoder.latent_channels, levels, continuous)
-
-
-# --- latents ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Posterior mean and deviation of every training volume in every view, and the statistics that standardise them.
-
-    Attributes:
-        mean_vbcdhw, deviation_vbcdhw: float32 (views, volumes, channels, d, h, w).
-        mean_c, deviation_c: float32 (channels,), of draws from the posteriors over the training side.
-        digest: SHA-256 of the cache file.
-    """
-
-    mean_vbcdhw: Tensor
-    deviation_vbcdhw: Tensor
-    mean_c: Tensor
-    deviation_c: Tensor
-    digest: str
-
-    def standardise(self, z_bcdhw: Tensor) -> Tensor:
-        """Latents with mean 0 and deviation 1 per channel."""
-        return (z_bcdhw - self.mean_c.view(1, -1, 1, 1, 1)) / self.deviation_c.view(1, -1, 1, 1, 1)
-
-
-def _cached_latents(run: _Run, autoencoder: Autoencoder, scans: Scans, state: dict[str, Any]) -> Latents:
-    """Latents from the run's cache, encoded first where there is none that belongs to this autoencoder."""
-    path = run.out / "cache" / "latents.safetensors"
-    wanted = state.get("latents_sha256")
-    if run.accelerator.is_main_process and (wanted is None or not path.is_file()):
-        tensors = _encode(run.config, autoencoder, scans, run.accelerator.device)
-        with atomic_path(path) as partial:
-            save_file(tensors, partial)
-    run.accelerator.wait_for_everyone()
-    digest = sha256(path)
-    if wanted is not None and digest != wanted:
-        raise CorruptRun(
-            "the latents this checkpoint was trained on", "others", path, "train again from the autoencoder"
-        )
-    tensors = load_file(path)
-    return Latents(tensors["mean"], tensors["deviation"], tensors["mean_c"], tensors["deviation_c"], digest)
-
-
-@torch.no_grad()
-def _encode(config: ImagingConfig, autoencoder: Autoencoder, scans: Scans, device: torch.device) -> dict[str, Tensor]:
-    """View 0 is the volume itself; the others are shifted copies, drawn per (volume, view)."""
-    autoencoder.eval()
-    means, deviations = [], []
-    for view in range(config.flow.views):
-        for index in range(len(scans.x_bcdhw)):
-            offset = _offset(
-                config.seed, index * config.flow.views + view, config.flow.shift_voxels if view else 0, "view"
-            )
-            x = torch.from_numpy(np.ascontiguousarray(shifted(scans.x_bcdhw[index], offset)))[None].to(device)
-            mean, deviation = autoencoder.encode(x)
-            means.append(mean.cpu())
-            deviations.append(deviation.cpu())
-    autoencoder.train()
-    shape = (config.flow.views, len(scans.x_bcdhw), *means[0].shape[1:])
-    mean_z, deviation_z = torch.cat(means).view(shape), torch.cat(deviations).view(shape)
-    mean_c = mean_z.mean(dim=(0, 1, 3, 4, 5))
-    centred = (mean_z - mean_c.view(1, 1, -1, 1, 1, 1)).square() + deviation_z.square()
-    return {
-        "mean": mean_z,
-        "deviation": deviation_z,
-        "mean_c": mean_c,
-        "deviation_c": centred.mean(dim=(0, 1, 3, 4, 5)).sqrt(),
-    }
-
-
-def _offset(seed: int, index: int, most: int, purpose: str = "shift") -> tuple[int, ...]:
-    """A whole-voxel shift per axis, each uniform on -most .. most."""
-    return tuple(int(o) for o in seeding.generator(seed, f"imaging.{purpose}", index).integers(-most, most + 1, size=3))
 
 
 # --- what both loops do -----------------------------------------------------------------------------------------------

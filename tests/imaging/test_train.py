@@ -159,9 +159,11 @@ def test_a_single_bad_step_changes_no_weight(tiny_config, table, tmp_path, monke
     assert parts["denoiser"]["last.weight"].abs().max() == 0  # zero-initialised
 
 
-def test_two_processes_train_as_one(tiny_run, tiny_config, table, tmp_path):
+def test_two_processes_train_as_one(tiny_config, table, tmp_path):
     """Equal global batch: the same draws, the same order of samples, weights equal up to the order of summation."""
-    (tmp_path / "config.yaml").write_text(dump_config(tiny_config))
+    config = changed(tiny_config, "autoencoder.adversarial_weight=0.1", "autoencoder.adversarial_start=0.25")
+    train(config, table, tmp_path / "alone")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "main.py").write_text(
         "import sys\n"
         "from engine.imaging.commands import train_command\n"
@@ -177,7 +179,7 @@ def test_two_processes_train_as_one(tiny_run, tiny_config, table, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     start = next(e for e in lines(tmp_path / "run") if e["event"] == "start")
     assert start["processes"] == 2
-    one, two = checkpoint.load(tiny_run)[0], checkpoint.load(tmp_path / "run")[0]
+    one, two = (checkpoint.load(tmp_path / name)[0] for name in ("alone", "run"))
     for part in ("autoencoder", "denoiser"):
         assert one[part].keys() == two[part].keys()  # no wrapper's prefix got in
     largest = max((one["autoencoder"][k] - two["autoencoder"][k]).abs().max().item() for k in one["autoencoder"])
