@@ -52,8 +52,11 @@ def privacy_loss(
     """
     n = min(len(train), len(holdout), len(synthetic), rows or len(synthetic))
     synthetic = _draw(synthetic, n, seed, "synthetic")
-    test, test_b, n = _aats_blocks(holdout, synthetic, seed, n)
-    same, same_b, n = _aats_blocks(train, synthetic, seed, n)
+    holdout, train = _draw(holdout, n, seed, "real"), _draw(train, n, seed, "real")
+    # as many blocks on both sides of the difference, however many people each drew
+    blocks = min(_BLOCKS, holdout.people, train.people, synthetic.people)
+    test, test_b, n = _aats_blocks(holdout, synthetic, seed, n, blocks)
+    same, same_b, n = _aats_blocks(train, synthetic, seed, n, blocks)
     findings = []
     for name, value, block_b, note in (
         ("aats_test", test, test_b, "adversarial accuracy against unseen real rows; 0.5 is ideal"),
@@ -81,8 +84,10 @@ def _draw(pool: Pool, n: int, seed: int, side: str) -> Pool:
     return pool.select(np.sort(chosen))
 
 
-def _aats_blocks(real: Pool, synthetic: Pool, seed: int, rows: int | None) -> tuple[float, NDArray[np.float64], int]:
-    """AATS, its value with each block of people left out, and n per side."""
+def _aats_blocks(
+    real: Pool, synthetic: Pool, seed: int, rows: int | None, most: int | None = None
+) -> tuple[float, NDArray[np.float64], int]:
+    """AATS, its value with each block of people left out (at most `most` blocks), and n per side."""
     check_alike(real, synthetic)
     n = min(len(real), len(synthetic), rows or len(real))
     if n < 2:
@@ -97,7 +102,7 @@ def _aats_blocks(real: Pool, synthetic: Pool, seed: int, rows: int | None) -> tu
         "st": topk(synthetic, real, min(_KEEP, n)),
         "ss": topk(synthetic, synthetic, min(_KEEP, n - 1), exclude=itself),
     }
-    block_t, block_s = _blocks(real.person, seed), _blocks(synthetic.person, seed)
+    block_t, block_s = _blocks(real.person, seed, most or _BLOCKS), _blocks(synthetic.person, seed, most or _BLOCKS)
 
     def value(left_out: int | None) -> float:
         def nearest(pair: str) -> NDArray[np.float64]:
@@ -117,12 +122,12 @@ def _aats_blocks(real: Pool, synthetic: Pool, seed: int, rows: int | None) -> tu
     return value(None), np.array([value(b) for b in range(blocks)]), n
 
 
-def _blocks(person_n: NDArray, seed: int) -> NDArray[np.int64]:
+def _blocks(person_n: NDArray, seed: int, most: int) -> NDArray[np.int64]:
     """A block for every row, people kept together, blocks of nearly equal size."""
     _, code_n = np.unique(person_n, return_inverse=True)
     people = int(code_n.max()) + 1
     order = generator(seed, "audit.aats.blocks").permutation(people)
-    return (order % min(_BLOCKS, people))[code_n]
+    return (order % min(most, people))[code_n]
 
 
 def _jackknife_interval(value: float, block_b: NDArray[np.float64]) -> tuple[float, float]:

@@ -325,7 +325,7 @@ def _figures(null: Null, scores: Scores, judged: Judgement, controls: Mapping[st
         "rho": {
             "edges": edges.round(6).tolist(),
             "shares": shares,
-            "x_label": "log distance ratio, training to holdout, in units of local scale",
+            "x_label": "log ratio of distances, training to unseen",
         },
         "roc": curves,
         "p_values": np.histogram(judged.p_n, np.linspace(0, 1, 21))[0].tolist(),

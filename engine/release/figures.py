@@ -40,7 +40,7 @@ _RC: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
     "figure.constrained_layout.use": True,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -72,7 +72,8 @@ def pca(figure: Mapping[str, Any]) -> str:
                     _dots(axis, xy[inside], _palette(j), f"{group}, {name}", marker, hollow=name == "synthetic")
             else:
                 _dots(axis, xy, _COLOURS[name], f"{name} (n = {len(xy)})", marker, hollow=name == "synthetic")
-        axis.legend(markerscale=1.5, loc="best", ncols=len(sides) if len(known) > 1 else 1, columnspacing=0.8)
+        columns = len(sides) if len(known) > 1 else 1
+        drawing.legend(markerscale=1.5, loc="outside upper center", ncols=columns, columnspacing=1.2)
         return _svg(drawing)
 
 

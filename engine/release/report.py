@@ -145,7 +145,7 @@ def audit_sections(result: AuditResult) -> list[Section]:
     shown = {name: result.figures["rho"]["shares"][name] for name in ("real, unseen", "synthetic")}
     controls = Table(
         "Planted controls: sets whose right verdict is known beforehand",
-        ("Control", "Rows", "Must be", "Was", "Flagged", "Exact copies"),
+        ("Control", "Rows", "Must be", "Was", "Flagged at 1 % or nearest", "Exact copies"),
         [
             (
                 control.name.replace("_", " "),
@@ -207,7 +207,7 @@ def number(value: float | None, unit: str = "") -> str:
         text = f"{value:,.0f}".replace(",", "\u202f")
     else:
         text = f"{value:.3g}"
-    return f"{text} {unit}".strip()
+    return f"{text} {unit}".strip().replace("-", "\u2212")
 
 
 def _row(finding: Finding) -> dict[str, str]:
@@ -239,7 +239,7 @@ def _flagged(findings: Sequence[Finding]) -> str:
     shares = [f for f in findings if f.name.startswith("copy_share") and math.isfinite(f.value)]
     if not shares:
         return ""
-    at_one = min(shares, key=lambda f: abs((f.threshold or 0) - 0.01))
+    at_one = min(shares, key=lambda f: abs(f.detail["expected"] - 0.01))
     return number(at_one.value, "share")
 
 

@@ -108,6 +108,7 @@ def test_values_are_written_for_people():
     assert number(638_000, "bp") == "638\u202f000 bp"
     assert number(float("nan")) == "not available"
     assert number(0.12345) == "0.123"
+    assert number(-0.0643) == "\u22120.0643"
     assert label("copy_share_at_0.1_percent") == "Flagged as copies at 0.1 % false positives"
     assert label("regional_volume_r") == "Regional volume r"
 
@@ -144,7 +145,7 @@ def test_audit_sections_show_controls_and_name_nobody(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ in a browser
 
-CHECK = """<script>addEventListener('load',async()=>{await new Promise(r=>setTimeout(r,50));
+CHECK = r"""<script>addEventListener('load',async()=>{await new Promise(r=>setTimeout(r,50));
 const d=document, f=d.querySelector('iframe'), w=f.contentDocument, out={};
 out.overflow=w.documentElement.scrollWidth-w.documentElement.clientWidth;
 out.width=w.documentElement.clientWidth;
@@ -153,7 +154,8 @@ out.wide=[...w.body.querySelectorAll('*')].filter(e=>!e.closest('svg')&&!e.close
 out.images=[...w.images].map(i=>i.naturalWidth);
 out.drawings=[...w.querySelectorAll('figure svg')].map(s=>{const b=s.getBBox(),r=s.getBoundingClientRect();
  return [b.width,b.height,r.width,r.height,s.querySelectorAll('path,use').length]});
-out.small=[...w.querySelectorAll('figure svg text')].map(t=>t.getBoundingClientRect().height).reduce((a,b)=>Math.min(a,b),99);
+out.small=[...w.querySelectorAll('figure svg text')].filter(t=>!/rotate\(-90/.test(t.getAttribute('transform')))
+ .map(t=>t.getBoundingClientRect().height).reduce((a,b)=>Math.min(a,b),99);
 const p=d.createElement('pre');p.id='out';p.textContent=JSON.stringify(out);d.body.append(p)})</script>"""
 
 
