@@ -61,7 +61,7 @@ def r2_pairs(bits_lw: Any, n: int, i: Any, j: Any, *, implementation: Implementa
     if i.shape != j.shape:
         raise UsageError("i and j of one length", f"{tuple(i.shape)} and {tuple(j.shape)}", _WHERE)
     for name, index in (("i", i), ("j", j)):
-        if len(index) and not (0 <= int(index.min()) and int(index.max()) < len(bits_lw)):
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(bits_lw)):
             raise UsageError(f"{name} in [0, {len(bits_lw)})", f"{int(index.min())} to {int(index.max())}", _WHERE)
     return chosen.r2_pairs(bits_lw, int(n), i, j)
 

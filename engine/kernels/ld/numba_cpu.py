@@ -22,7 +22,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 _BLOCK = 32
-_FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
 _WIDE = "+avx512vpopcntdq" in _FEATURES
 _LANES, _ROWS, _VECTORS = (8, 4, 4) if _WIDE else (4, 2, 4)  # accumulators: 16 of 32 or 8 of 16 registers
 _COLUMNS = _LANES * _VECTORS
@@ -105,7 +105,7 @@ def _ctpop(typingctx: Any, value: Any) -> Any:
 def _and_count(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any, words: Any, counts: Any, at: Any) -> Any:
     """counts[r * 32 + c] += sum over words w of popcount(a[w, r] & b[w, c]) for r < _ROWS, c < _COLUMNS.
 
-    `a`, `b`: interleaved uint64 words, first word of the first site at element `a_at`, `b_at`; `counts`: int32, from element `at`.
+    `a`, `b`: interleaved uint64 words, from elements `a_at`, `b_at`; `counts`: int32, from element `at`.
     """
     integer = types.intp
     signature = types.void(a, integer, b, integer, integer, counts, integer)
@@ -177,7 +177,7 @@ def _tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.ndar
         a_at, b_at = (i * words + begin) * _BLOCK, (j * words + begin) * _BLOCK
         for r in range(0, _BLOCK, _ROWS):
             for c in range(0, _BLOCK, _COLUMNS):
-                _and_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)
+                _and_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)  # type: ignore[call-arg]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -340,7 +340,7 @@ def _moments(bits_lw: np.ndarray, n: int, count_l: np.ndarray, reciprocal_l: np.
     for site in range(bits_lw.shape[0]):
         total = np.uint64(0)
         for w in range(bits_lw.shape[1]):
-            total += _ctpop(bits_lw[site, w])
+            total += _ctpop(bits_lw[site, w])  # type: ignore[call-arg]
         count = np.float64(total)
         variance = count * (n - count)
         count_l[site] = count
@@ -370,6 +370,6 @@ def _r2_pairs(
         a, b = i[p], j[p]
         both = np.uint64(0)
         for w in range(bits_lw.shape[1]):
-            both += _ctpop(bits_lw[a, w] & bits_lw[b, w])
+            both += _ctpop(bits_lw[a, w] & bits_lw[b, w])  # type: ignore[call-arg]
         x = n * np.float64(both) - count_l[a] * count_l[b]
         out[p] = (x * reciprocal_l[a]) * (x * reciprocal_l[b])

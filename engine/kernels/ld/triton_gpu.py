@@ -194,7 +194,8 @@ def pairs_kernel(  # type: ignore[no-untyped-def]
         both += tl.sum(popcount(a & b), axis=1)
     count_i, count_j = tl.load(count_ptr + i), tl.load(count_ptr + j)
     x = both.to(tl.float64) * n - count_i * count_j
-    tl.store(out_ptr + p, ((x * tl.load(reciprocal_ptr + i)) * (x * tl.load(reciprocal_ptr + j))).to(tl.float32), mask=p < pairs)
+    r2 = (x * tl.load(reciprocal_ptr + i)) * (x * tl.load(reciprocal_ptr + j))
+    tl.store(out_ptr + p, r2.to(tl.float32), mask=p < pairs)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Exact nearest neighbours by exhaustive search: Hamming distance and longest common run on packed bits, L2 on features.
 
-Packed rows are haplotype-major (`engine.kernels.bits.transpose`): `query_nw` uint64 (N, W), `database_mw` uint64 (M, W), equal W,
-unused high bits zero; CUDA tensors of int64 with the same bits for triton. Neither a tile size nor a thread count changes an answer.
+Packed rows are haplotype-major (`engine.kernels.bits.transpose`): `query_nw` uint64 (N, W), `database_mw` uint64 (M, W),
+equal W, unused high bits zero; CUDA tensors of int64 with the same bits for triton. Neither a tile size nor a thread count
+changes an answer.
 
 Pairs that must not be neighbours: `exclude_self` skips database row n for query n (a set against itself); `exclude` =
 (query_group int64 (N,), database_group int64 (M,)) skips pairs of one group, such as haplotypes of one person. Ties go to the
@@ -70,8 +71,9 @@ def l2_topk(
 ) -> tuple[Any, Any]:
     """The k database rows at the smallest squared Euclidean distance, nearest first.
 
-    The distance is defined as the float64 sum over the axes in order, rounded once to float32; the answer is exactly the top-k of
-    that definition, ties included, in every implementation: what a float32 product filters out is proven to be further away.
+    The distance is defined as the float64 sum over the axes in order, rounded once to float32; the answer is exactly the
+    top-k of that definition, ties included, in every implementation: what a float32 product filters out is proven to be
+    further away.
 
     Args:
         query_nd, database_md: float32 (N, d) and (M, d), finite, d <= 2**20; squares of their differences must fit float32.
@@ -106,8 +108,8 @@ def longest_run(
         position_bp: integers (L,), never falling. The length of a run is position[last] - position[first].
 
     Returns:
-        run_bp, run_sites, index, all int64 (N,). Longest in bp; of equals the smallest index, then the first along the sites. A single
-        equal site is a run of 0 bp; a query that has no equal site anywhere gets -1, 0, -1.
+        run_bp, run_sites, index, all int64 (N,). Longest in bp; of equals the smallest index, then the first along the
+        sites. A single equal site is a run of 0 bp; a query that has no equal site anywhere gets -1, 0, -1.
 
     Raises:
         UsageError: wrong shape or type, positions that fall.

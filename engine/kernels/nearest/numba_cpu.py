@@ -6,8 +6,8 @@ lists only through rows whose nearest column beats the worst kept.
 Squared distance: a float32 matrix product gives an approximation with a proven error bound, and only pairs whose lower bound
 does not exceed the k-th smallest upper bound seen so far are computed as defined. So the answer is the true one, ties included.
 
-Longest run: a run that beats the best so far must contain one of a few short anchor windows; only those are looked at, and only a
-window without a difference is extended to its whole run.
+Longest run: a run that beats the best so far must contain one of a few short anchor windows; only those are looked at, and
+only a window without a difference is extended to its whole run.
 
 Databases are read in index order and a later row must be strictly better, so ties go to the smallest index for any tiling and
 any number of threads.
@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 Exclude = tuple[np.ndarray, np.ndarray] | None
 
 _BLOCK = 32
-_FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
 _WIDE = "+avx512vpopcntdq" in _FEATURES
 _LANES, _ROWS, _VECTORS = (8, 4, 4) if _WIDE else (4, 2, 4)  # accumulators: 16 of 32 or 8 of 16 registers
 _COLUMNS = _LANES * _VECTORS
@@ -58,12 +58,15 @@ def hamming_topk(
         query_group, database_group = _groups(exclude)
         query, database = _interleaved(query_nw), _interleaved(database_mw)
         _topk(query, database, len(database_mw), exclude_self, query_group, database_group, distance, index)
-    distance, index = distance.reshape(len(query_nw), parts * k), index.reshape(len(query_nw), parts * k)
+    distance_nk, index_nk = distance.reshape(len(query_nw), parts * k), index.reshape(len(query_nw), parts * k)
     if parts > 1:  # parts are in index order, so a stable sort keeps ties right
-        order = np.argsort(distance, axis=1, kind="stable")[:, :k]
-        distance, index = np.take_along_axis(distance, order, axis=1), np.take_along_axis(index, order, axis=1)
-    distance[index < 0] = -1
-    return distance, index
+        order = np.argsort(distance_nk, axis=1, kind="stable")[:, :k]
+        distance_nk, index_nk = (
+            np.take_along_axis(distance_nk, order, axis=1),
+            np.take_along_axis(index_nk, order, axis=1),
+        )
+    distance_nk[index_nk < 0] = -1
+    return distance_nk, index_nk
 
 
 def l2_topk(
@@ -71,8 +74,8 @@ def l2_topk(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distance float32 (N, k) and index int64 (N, k).
 
-    The filter works on values less the database's mean, scaled by a power of two so that the largest is at most 1 and rounded to
-    float32: a, b. With u = 2**-24, d axes and S = |a| + |b|, rounding the inputs moves the squared distance by at most
+    The filter works on values less the database's mean, scaled by a power of two so that the largest is at most 1 and
+    rounded to float32: a, b. With u = 2**-24, d axes and S = |a| + |b|, rounding the inputs moves the squared distance by up to
     (2 u + u^2) S^2, the product of any summation order by d u / (1 - d u) |a| |b| <= 0.27 d u S^2 (doubled: 0.54 d u S^2, for
     d <= 2**20), norms and sums by less than 10 u S^2. The bound used is (0.55 d + 16) u S^2.
     """
@@ -85,9 +88,9 @@ def l2_topk(
         largest = max(float(max(x.max(initial=0), -x.min(initial=0))) for x in (query_nd, database_md, mean_d)) * 2
         scale = 2.0 ** -np.ceil(np.log2(largest)) if largest > 0 else 1.0
         query, query_norm = _centred(query_nd, mean_d, scale)
-        slack = np.float32((0.55 * axes + 16) * _UNIT)
+        slack: Any = np.float32((0.55 * axes + 16) * _UNIT)
         # Float32 results below the normal range, and products that underflow, are decided by the exact sum.
-        least = np.float32(min(axes * 2.0**-140 + 2.0**-148 * scale * scale, 1e30))
+        least: Any = np.float32(min(axes * 2.0**-140 + 2.0**-148 * scale * scale, 1e30))
         product = np.empty((min(n, _QUERY_TILE), min(len(database_md), _DATABASE_TILE)), dtype=np.float32)
         for m in range(0, len(database_md), _DATABASE_TILE):
             tile, tile_norm = _centred(database_md[m : m + _DATABASE_TILE], mean_d, scale)
@@ -163,7 +166,7 @@ def _trailing_zeros(typingctx: Any, value: Any) -> Any:
 def _xor_count(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any, words: Any, counts: Any, at: Any) -> Any:
     """counts[r * 32 + c] += sum over words w of popcount(a[w, r] ^ b[w, c]) for r < _ROWS, c < _COLUMNS.
 
-    `a`, `b`: interleaved uint64 words, first word of the first row at element `a_at`, `b_at`; `counts`: int32, from element `at`.
+    `a`, `b`: interleaved uint64 words, from elements `a_at`, `b_at`; `counts`: int32, from element `at`.
     """
     integer = types.intp
     signature = types.void(a, integer, b, integer, integer, counts, integer)
@@ -244,7 +247,7 @@ def _tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.ndar
         a_at, b_at = (i * words + begin) * _BLOCK, (j * words + begin) * _BLOCK
         for r in range(0, _BLOCK, _ROWS):
             for c in range(0, _BLOCK, _COLUMNS):
-                _xor_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)
+                _xor_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)  # type: ignore[call-arg]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -329,7 +332,16 @@ def _topk(
     parts = distance.shape[1]
     for job in numba.prange(query.shape[0] * parts):
         _topk_row(
-            query, database, members, exclude_self, query_group, database_group, distance, index, job // parts, job % parts
+            query,
+            database,
+            members,
+            exclude_self,
+            query_group,
+            database_group,
+            distance,
+            index,
+            job // parts,
+            job % parts,
         )
 
 
@@ -357,15 +369,15 @@ def _l2_row(
     places = np.empty(k, dtype=np.int64)
     for begin in range(0, size, 64):
         width = min(64, size - begin)
-        if not _bounds(product, norm, tile_norm, slack, begin, width, upper[k - 1], bound):
+        if _bounds(product, norm, tile_norm, slack, begin, width, upper[k - 1], bound) == 0:
             continue
         for c in range(width):
             if bound[c] < upper[k - 1] and not _skipped(n, m0 + begin + c, exclude_self, query_group, database_group):
                 _insert(upper, places, bound[c], c)
-    limit = upper[k - 1] * np.float32(1 + 2.0**-20) + least
+    limit: Any = upper[k - 1] * np.float32(1 + 2.0**-20) + least
     for begin in range(0, size, 64):
         width = min(64, size - begin)
-        if not _bounds(product, norm, tile_norm, -slack, begin, width, limit, bound):
+        if _bounds(product, norm, tile_norm, -slack, begin, width, limit, bound) == 0:
             continue
         for c in range(width):
             m = m0 + begin + c
@@ -374,7 +386,7 @@ def _l2_row(
                 for axis in range(query_nd.shape[1]):
                     step = np.float64(query_nd[n, axis]) - np.float64(database_md[m, axis])
                     total += step * step
-                value = np.float32(total)
+                value: Any = np.float32(total)
                 if index[k - 1] < 0 or value < distance[k - 1]:
                     _insert(distance, index, value, m)
 
@@ -430,8 +442,9 @@ def _l2_scan(
 def _anchors(position_bp: np.ndarray, best_bp: int, anchors: np.ndarray) -> tuple[int, int]:
     """Windows such that every run longer than `best_bp` contains one: (sites per window, number), first sites in `anchors`.
 
-    A run that contains neither of two neighbouring windows lies strictly between the first site of the one and the last site of the
-    other; windows are set as far apart as that stretch stays within `best_bp`. The widest window that allows it is taken.
+    A run that contains neither of two neighbouring windows lies strictly between the first site of the one and the last
+    site of the other; windows are set as far apart as that stretch stays within `best_bp`. The widest window
+    that allows it is taken.
     """
     length = len(position_bp)
     width = 64
@@ -487,7 +500,7 @@ def _run_of_query(
             while end < length:
                 rest = (query_w[end >> 6] ^ database_mw[m, end >> 6]) >> np.uint64(end & 63)
                 if rest:
-                    end += np.int64(_trailing_zeros(rest))
+                    end += np.int64(_trailing_zeros(rest))  # type: ignore[call-arg]
                     break
                 end = ((end >> 6) + 1) << 6
             end = min(end, length)
@@ -496,7 +509,7 @@ def _run_of_query(
             while start >= 0:
                 rest = (query_w[start >> 6] ^ database_mw[m, start >> 6]) << np.uint64(63 - (start & 63))
                 if rest:
-                    start -= np.int64(_leading_zeros(rest))
+                    start -= np.int64(_leading_zeros(rest))  # type: ignore[call-arg]
                     break
                 start = ((start >> 6) << 6) - 1
             span_bp = position_bp[end - 1] - position_bp[start + 1]

@@ -4,8 +4,9 @@ Hamming: bits are spread to int8 on the fly, the tensor cores count the common o
 A candidate is one int64 key, distance above index, so that keys are distinct and the smallest key is the nearest row at the
 smallest index; several programs share a query, and their lists are merged by sorting.
 
-Squared distance: a float32 product (no TF32) gives the nearest few more than k by approximate distance, which are then computed as
-defined. A query whose k-th exact distance is not proven smaller than anything left out is searched again exhaustively.
+Squared distance: a float32 product (no TF32) gives the nearest few more than k by approximate distance, which are then
+computed as defined. A query whose k-th exact distance is not proven smaller than anything left out is
+searched again exhaustively.
 
 Longest run: one lane per database row walks the sites.
 
@@ -238,7 +239,9 @@ def cross_kernel(  # type: ignore[no-untyped-def]
     distance = hamming_tile(
         query_ptr, query_ones_ptr, database_ptr, database_ones_ptr, n, m, queries, members, words, BLOCK, BLOCK, STEP
     )
-    tl.store(out_ptr + n[:, None] * members + m[None, :], distance, mask=(n < queries)[:, None] & (m < members)[None, :])
+    tl.store(
+        out_ptr + n[:, None] * members + m[None, :], distance, mask=(n < queries)[:, None] & (m < members)[None, :]
+    )
 
 
 @triton.jit
@@ -280,7 +283,18 @@ def hamming_kernel(  # type: ignore[no-untyped-def]
     for first in range(part * ROWS, members, parts * ROWS):
         m = (first + tl.arange(0, ROWS)).to(tl.int64)
         distance = hamming_tile(
-            query_ptr, query_ones_ptr, database_ptr, database_ones_ptr, n, m, queries, members, words, QUERIES, ROWS, STEP
+            query_ptr,
+            query_ones_ptr,
+            database_ptr,
+            database_ones_ptr,
+            n,
+            m,
+            queries,
+            members,
+            words,
+            QUERIES,
+            ROWS,
+            STEP,
         )
         allowed = allowed_pairs(n, m, query_group_ptr, database_group_ptr, queries, members, SELF, GROUPS)
         kept = keep(kept, tl.where(allowed, (distance.to(tl.int64) << 32) | m[None, :], LAST))
@@ -307,7 +321,9 @@ def l2_kernel(  # type: ignore[no-untyped-def]
             axis = start + tl.arange(0, STEP)
             inside = (axis < axes)[None, :]
             a = tl.load(query_ptr + n[:, None] * axes + axis[None, :], mask=(n < queries)[:, None] & inside, other=0.0)
-            b = tl.load(database_ptr + m[:, None] * axes + axis[None, :], mask=(m < members)[:, None] & inside, other=0.0)
+            b = tl.load(
+                database_ptr + m[:, None] * axes + axis[None, :], mask=(m < members)[:, None] & inside, other=0.0
+            )
             product = tl.dot(a, tl.trans(b), acc=product, input_precision="ieee")
         norm = tl.load(database_norm_ptr + m, mask=m < members, other=0.0)
         near = (query_norm * query_norm)[:, None] + (norm * norm)[None, :] - 2.0 * product
@@ -333,9 +349,7 @@ def exact_kernel(  # type: ignore[no-untyped-def]
         step = q - tl.load(database_ptr + m * axes + axis, mask=m >= 0, other=0.0).to(tl.float64)
         total += step * step
     bits = total.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
-    tl.store(
-        keys_ptr + line * candidates + c, tl.where(m >= 0, (bits << 32) | m, LAST), mask=c < candidates
-    )
+    tl.store(keys_ptr + line * candidates + c, tl.where(m >= 0, (bits << 32) | m, LAST), mask=c < candidates)
 
 
 @triton.jit
@@ -357,7 +371,9 @@ def run_kernel(  # type: ignore[no-untyped-def]
     best_site = tl.full((LANES,), -1, dtype=tl.int32)
     best_sites = tl.zeros((LANES,), dtype=tl.int32)
     for word in range(0, words):
-        differ = tl.load(database_ptr + m * words + word, mask=m < members, other=0) ^ tl.load(query_ptr + n * words + word)
+        differ = tl.load(database_ptr + m * words + word, mask=m < members, other=0) ^ tl.load(
+            query_ptr + n * words + word
+        )
         for bit in range(0, tl.minimum(32, length - word * 32)):
             site = word * 32 + bit
             site_bp = tl.load(position_ptr + site)

@@ -1,0 +1,19 @@
+"""What the kernel tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.kernels import bits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_before_np_empty_is_replaced():
+    """Tests replace np.empty by one that poisons its memory. Numba must not compile while that lasts: it does not know the
+    replacement, and were it the first compilation of the process, it would never know the true np.empty either.
+    """
+    bits_lw = bits.pack(np.ones((3, 5), dtype=np.uint8))
+    bits.unpack(bits_lw, 5)
+    bits.transpose(bits_lw, 5)
+    bits.popcount_rows(bits_lw)
