@@ -101,7 +101,7 @@ def sample_command(
                 subject=f"SYN{index:09d}",
             )
             rows.append({"image": name, "subject": f"SYN{index:09d}", "visit": visit, **given})
-        columns = ["image", "subject", "visit", *(c.name for c in model.covariates)]
+        columns = list(dict.fromkeys(["image", "subject", "visit", *(c.name for c in model.covariates)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
         writer.writeheader()
@@ -171,8 +171,8 @@ def evaluate_command(
 
 
 def read_folder(folder: str | Path, modality: str | None = None) -> tuple[list[Any], list[str]]:
-    """Volumes of a folder and the person of each: through `volumes.csv` or another single CSV with a column `image`
-    if there is one, else every NIfTI file under it in name order. A path to a CSV file is taken as that table.
+    """Volumes of a folder and the person of each: through its `volumes.csv` if there is one, else every NIfTI file under
+    it in name order. A path to a CSV file is taken as that table.
 
     Raises:
         InputError: no volume there, or one that cannot be read.
