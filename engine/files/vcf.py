@@ -52,7 +52,7 @@ def read_vcf(path: str | Path, *, region: str | None = None, samples: Sequence[s
     """Read VCF, gzipped or bgzipped VCF, or BCF.
 
     A record with several ALT alleles becomes one row per ALT (`alt_index` 1, 2, ...; other ALT alleles count as 0). Indels,
-    symbolic alleles, breakends and `*` are kept by name; a record without ALT is kept as a row without ones. A sample that
+    symbolic alleles, breakends and `*` are kept by name; a record without ALT is kept as a row without ones, an allele called there is missing. A sample that
     is haploid in every record (as males on X: `0`, or the older `0/.`) owns one haplotype; one that is haploid in some records
     and diploid in others owns two, the second missing where the call is haploid, and a note says so. Records without GT are
     missing in every sample. `phased` is False where a called heterozygote is unphased.
@@ -178,7 +178,8 @@ def blocks(
         return
     try:
         reader = cyvcf2.VCF(str(path))
-        for variant in reader:
+        # exactly the records that were checked: htslib crashes on what may follow them, an empty last line for one
+        for _, variant in zip(range(structure.n_records), reader):
             record += 1
             if region is not None and (region[0] != variant.CHROM or not region[1] <= variant.POS <= region[2]):
                 continue
@@ -237,7 +238,9 @@ def _decode(
             raise InputError(
                 "one or two alleles per genotype", f"up to {ploidy}", where, "polyploid calls are not read"
             )
-    if out_sp.max() > alts or out_sp.min() < _ABSENT:
+    if alts == 0:
+        out_sp[out_sp > 0] = _MISSING  # an allele that has no name
+    elif out_sp.max() > alts:
         raise InputError(f"allele numbers up to {alts}", f"{int(out_sp.max())}", where)
 
 

@@ -7,6 +7,7 @@ with this process.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -34,7 +35,8 @@ def check(path: str | Path) -> tuple[str, str]:
         if _worker is None or _worker.poll() is not None:
             _stop()
             _worker = _start()
-        assert _worker.stdin is not None and _worker.stdout is not None
+        assert _worker.stdin is not None
+        assert _worker.stdout is not None
         _worker.stdin.write(json.dumps(os.fspath(path)).encode() + b"\n")
         _worker.stdin.flush()
         answer = _read_line(_worker.stdout, time.monotonic() + _SECONDS + 30)
@@ -42,7 +44,10 @@ def check(path: str | Path) -> tuple[str, str]:
         _stop()
         return "reject", f"{path}: could not be checked ({type(fault).__name__})"
     if answer is None:
-        code = _worker.poll()
+        try:
+            code = _worker.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            code = None
         _stop()
         reason = (
             f"reading took more than {_SECONDS + 30:.0f} s" if code is None else f"reading it ended the reader ({code})"
@@ -53,17 +58,15 @@ def check(path: str | Path) -> tuple[str, str]:
 
 
 def _start() -> subprocess.Popen[bytes]:
+    # -P: neither the working folder nor a script's folder may stand in for a module the worker needs
+    root = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.append({root!r}); from engine.files.vcf_check import _serve; _serve()"
     return subprocess.Popen(
-        [sys.executable, "-c", "from engine.files.vcf_check import _serve; _serve()"],
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
 
 
@@ -75,10 +78,8 @@ def _stop() -> None:
         _worker.wait()
         for pipe in (_worker.stdin, _worker.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
     _worker = None
 
 

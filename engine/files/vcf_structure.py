@@ -35,7 +35,7 @@ _BREAKEND = re.compile(
     rb"[ACGTNRYSWKMBDHVacgtnryswkmbdhv.]*[\[\]][^\s\[\],]+:\d+[\[\]][ACGTNRYSWKMBDHVacgtnryswkmbdhv.]*"
 )
 _SINGLE = re.compile(rb"\.[ACGTNacgtn]+|[ACGTNacgtn]+\.")  # single breakends, section 5.4.9
-_FORMAT_KEY = re.compile(rb"[A-Za-z_][0-9A-Za-z_.]*")
+_FORMAT_KEY = re.compile(rb"[A-Za-z_](?:[0-9A-Za-z_.]|%[0-9A-F]{2})*")
 _INFO_KEY = re.compile(rb"[A-Za-z_0-9][0-9A-Za-z_.]*")
 _GENOTYPE = rb"[/|]?(?:\.|\d{1,4})(?:[/|](?:\.|\d{1,4}))*"
 
