@@ -23,6 +23,23 @@ SamplesTable = Annotated[
 
 
 @app.command()
+def split(
+    panel: Panel,
+    out: Out,
+    samples: SamplesTable = None,
+    holdout: Annotated[
+        float, typer.Option("--holdout", min=0.0, max=1.0, help="Share of the people of each group.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Cut a panel by person into train.bcf and holdout.bcf."""
+    from engine.genomics.split import split_command
+
+    emit(split_command(panel, out=out, samples=samples, holdout=holdout, seed=seed), json)
+
+
+@app.command()
 def fit(
     panel: Panel,
     out: Out,
@@ -80,6 +97,7 @@ def finish(
 def score(
     run: Annotated[Path, typer.Argument(help="Run folder written by `engine genomics fit`.")],
     panel: Panel,
+    intersect: Annotated[bool, typer.Option("--intersect", help="Use the sites both sides share.")] = False,
     leave_one_out: Annotated[
         bool,
         typer.Option("--leave-one-out", help="The panel is the training panel: exclude each person's own haplotypes."),
@@ -90,7 +108,7 @@ def score(
     from engine.genomics.commands import score_command
 
     with progress_bar() as progress:
-        result = score_command(run, panel, leave_one_out=leave_one_out, progress=progress)
+        result = score_command(run, panel, leave_one_out=leave_one_out, intersect=intersect, progress=progress)
     emit(result, json)
 
 
@@ -102,6 +120,7 @@ def evaluate(
         Path | None, typer.Option("--train", help="Training panel: for copying and the real-versus-real floor.")
     ] = None,
     samples: SamplesTable = None,
+    intersect: Annotated[bool, typer.Option("--intersect", help="Use the sites that all sides share.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for findings and figures.")] = None,
     seed: Seed = 0,
     json: JsonFlag = False,
@@ -110,5 +129,7 @@ def evaluate(
     from engine.genomics.commands import evaluate_command
 
     with progress_bar() as progress:
-        result = evaluate_command(real, synthetic, train=train, samples=samples, out=out, seed=seed, progress=progress)
+        result = evaluate_command(
+            real, synthetic, train=train, samples=samples, out=out, seed=seed, intersect=intersect, progress=progress
+        )
     emit(result, json, lambda r: finding_lines(r["findings"]))
