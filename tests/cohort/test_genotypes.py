@@ -77,3 +77,18 @@ def test_causal_loci_are_common_in_every_group_and_apart(panel: HaplotypePanel) 
 def test_too_short_a_region_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 50 sites"):
         genotypes.simulate(GenotypeConfig(length_bp=50_000, min_maf=0.49), 6, 1, IDS[:6])
+
+
+def test_demography_is_the_published_one() -> None:
+    """Sizes of Gutenkunst et al. 2009, Table 1, at times that lie inside each epoch; growth ends at 29,725 and 54,090."""
+    model = genotypes.demography()
+    names = [p.name for p in model.populations]
+    size = model.debug().population_size_trajectory([0, 847, 3000, 7000, 12_000])
+    at = {name: size[:, i] for i, name in enumerate(names)}
+    assert at["EUR"][0] == pytest.approx(29_725, rel=0.01)
+    assert at["EAS"][0] == pytest.approx(54_090, rel=0.01)
+    assert at["EUR"][1] == pytest.approx(1_000, rel=0.01)
+    assert at["EAS"][1] == pytest.approx(510, rel=0.01)
+    assert at["OOA"][2] == 2_100
+    assert at["AMH"][3] == 12_300
+    assert at["ANC"][4] == 7_300

@@ -24,6 +24,11 @@ def place(base: heads.Template, person: int = 0, shape_mm: float = 2.5, brain_mm
     return heads.person_map(base, seed=5, person=person, shape_mm=shape_mm, brain_mm3=brain_mm3, sulci_log=0.1)
 
 
+def centre_mm(scan: nibabel.Nifti1Image) -> np.ndarray:
+    """Centre of mass in mm, by the image's own affine."""
+    return nibabel.affines.apply_affine(scan.affine, heads.ndimage.center_of_mass(scan.get_fdata()))
+
+
 def test_the_ventricles_of_the_template_keep_their_volume_on_the_working_grid(base: heads.Template) -> None:
     t1, affine = heads._packaged("t1")
     depth_mm = heads.ndimage.distance_transform_edt(heads.ndimage.binary_fill_holes(t1 > 0.01))
@@ -77,6 +82,8 @@ def test_geometry_is_ras_and_agrees_with_the_template_in_space(base: heads.Templ
     moved = image.resample_to_img(image.smooth_img(datasets.load_mni152_template(resolution=2), 4), made)
     r = np.corrcoef(moved.get_fdata().ravel(), head.array_dhw.ravel())[0, 1]
     assert r > 0.97
+    template = datasets.load_mni152_template(resolution=2)
+    assert centre_mm(made) == pytest.approx(centre_mm(template), abs=1.0)  # half a voxel would be 2.5 mm
     flipped = np.corrcoef(moved.get_fdata().ravel(), head.array_dhw[:, ::-1].ravel())[0, 1]
     assert flipped < 0.9  # the correlation can tell a wrong axis
 
