@@ -77,9 +77,10 @@ def conformal_p(
     With one statistic, p = (1 + sum of w_h [x_h <= x_s]) / (P + 1), where the weights of one person's items sum to 1
     and
     P is the number of people: valid when people are exchangeable, whatever happens within a person.
-    With several statistics, item s is put into the null, every item is ranked within each statistic, and the smallest
-    of an item's ranks is itself the statistic that is compared. That is a Bonferroni combination whose loss is given
-    back, because the smallest rank is calibrated on the same null.
+    With several statistics, item s is put into the null, every item is ranked within each statistic, and the smallest of
+    an item's ranks (on a tie the one with the smaller mean rank) is itself the statistic that is compared. That is a
+    Bonferroni combination whose loss is given back, because the smallest rank is calibrated on the same null. Without
+    the tie rule every rank would occur once per statistic, and the smallest p-values could not be reached.
 
     Args:
         null_nc: (n,) or (n, c) statistics of the null.
@@ -106,8 +107,8 @@ def conformal_p(
         rows = slice(start, start + block)
         # rank of each null item once the tested item has joined: one more where the tested item lies at or below it
         joined_bnc = rank_null_nc[None] + (tested_mc[rows, None, :] <= null_nc[None])
-        smallest_bn = joined_bnc.min(axis=2)
-        own_b = rank_tested_mc[rows].min(axis=1)
+        smallest_bn = joined_bnc.min(axis=2) + joined_bnc.mean(axis=2) / (2 * people + 2)
+        own_b = rank_tested_mc[rows].min(axis=1) + rank_tested_mc[rows].mean(axis=1) / (2 * people + 2)
         p_m[rows] = (1 + (smallest_bn <= own_b[:, None] + _ROUNDING) @ weights) / (people + 1)
     return p_m
 

@@ -127,7 +127,7 @@ def test_a_planted_canary_is_found_wherever_it_is(tmp_path, source, place):
     if place == "text":
         (source / "participants.tsv").write_text(f"participant\n{CANARY}\n")
     elif place == "compressed":
-        (source / "sub-1" / "t1.nii.gz").write_bytes(gzip.compress(b"x" * 5_000_000 + CANARY.encode()))
+        (source / "sub-1" / "t1.nii.gz").write_bytes(gzip.compress(b"x" * (2**22 - 5) + CANARY.encode()))
     elif place == "name":
         (source / f"{CANARY}.nii").write_bytes(b"x")
     else:
