@@ -6,7 +6,7 @@ needs are added above, in the genomics room.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from engine.errors import InputError
 from engine.kernels import bits
 
+MAX_ALTS = 9  # of a rejoined record: one digit in text
+_JOINED_BYTES = 16 << 20  # unpacked alleles held at one time by a writer
 _BLOCK_BYTES = 32 << 20  # unpacked alleles held at one time while haplotypes are selected
 
 
@@ -127,3 +129,86 @@ def tail_mask(n: int) -> np.ndarray:
     if n % 64:
         mask[-1] = np.uint64((1 << (n % 64)) - 1)
     return mask
+
+
+@dataclass
+class Record:
+    """One output record: its rows [first, last) of the data, one per ALT."""
+
+    first: int
+    last: int
+
+
+def records(data: GenotypeData) -> list[Record]:
+    """Rows grouped into records: a complete run of alt_index 1, 2, ... is one record, any other row its own."""
+    made: list[Record] = []
+    at = 0
+    indices = data.alt_index.tolist()
+    while at < data.n_sites:
+        end = at + 1
+        if indices[at] == 1:
+            while (
+                end < data.n_sites
+                and indices[end] == indices[end - 1] + 1
+                and data.position_bp[end] == data.position_bp[at]
+                and data.contig[end] == data.contig[at]
+                and data.ref[end] == data.ref[at]
+                and data.id[end] == data.id[at]
+            ):
+                end += 1
+            if end - at > MAX_ALTS or not _can_join(data, at, end):
+                made.extend(Record(k, k + 1) for k in range(at, end))
+                at = end
+                continue
+        made.append(Record(at, end))
+        at = end
+    return made
+
+
+def _can_join(data: GenotypeData, first: int, last: int) -> bool:
+    """No haplotype carries two of the ALT alleles, no allele is '.', none is repeated, and the missing planes agree."""
+    alts = data.alt[first:last].tolist()
+    if "." in alts or len(set(alts)) != len(alts):
+        return False
+    rows = data.bits_lw[first:last]
+    union = np.bitwise_or.reduce(rows, axis=0)
+    if int(bits.popcount_rows(rows).sum()) != int(np.bitwise_count(union).sum()):
+        return False
+    return data.missing_lw is None or bool((data.missing_lw[first:last] == data.missing_lw[first]).all())
+
+
+@dataclass
+class JoinedBlock:
+    """Records with their alleles uint8 (B, N): 0 = REF, k = k-th ALT, 255 = missing; and counts per record."""
+
+    records: list[Record]
+    allele_bn: np.ndarray
+    called_b: np.ndarray
+    row_count: np.ndarray
+
+
+def joined_blocks(data: GenotypeData) -> Iterator[JoinedBlock]:
+    """The records of `data` with unpacked alleles, a bounded number at a time; what every writer walks through."""
+    n = data.n_haplotypes
+    limit = max(1, _JOINED_BYTES // max(1, n))
+    todo = records(data)
+    for start in range(0, len(todo), limit):
+        chosen = todo[start : start + limit]
+        first, last = chosen[0].first, chosen[-1].last
+        heads = np.array([record.first for record in chosen]) - first
+        allele_ln = bits.unpack(data.bits_lw[first:last], n)
+        row_count = bits.popcount_rows(data.bits_lw[first:last])
+        if last - first == len(chosen):
+            allele_bn = allele_ln
+        else:
+            allele_bn = allele_ln[heads]
+            for k, record in enumerate(chosen):
+                for alt in range(1, record.last - record.first):
+                    allele_bn[k] += (alt + 1) * allele_ln[record.first - first + alt]
+        called_b = np.full(len(chosen), n, dtype=np.int64)
+        if data.missing_lw is not None:
+            missing_bw = data.missing_lw[first:last][heads]
+            called_b -= bits.popcount_rows(missing_bw)
+            if (called_b < n).any():
+                allele_bn[bits.unpack(missing_bw, n).astype(bool)] = 255
+        yield JoinedBlock(chosen, allele_bn, called_b, row_count)

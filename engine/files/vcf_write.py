@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,10 @@ from engine.atomic import atomic_path
 from engine.errors import InputError, UsageError
 from engine.files import genotypes
 from engine.files.genotypes import GenotypeData
-from engine.kernels import bits
 
-_BLOCK_BYTES = 16 << 20  # unpacked alleles held at one time
-_MAX_ALTS = 9  # of a rejoined record: one digit in text
 _TBI_LIMIT = 2**29  # the .tbi index ends here; longer contigs get a .csi
 _OWN_KEYS = ("##fileformat", "##contig", "##INFO", "##FORMAT", "##FILTER", "#CHROM")
 _MISSING_FLOAT = struct.pack("<I", 0x7F800001)
-
-
-@dataclass
-class _Record:
-    """One output record: its rows [first, last) of the data, one per ALT."""
-
-    first: int
-    last: int
 
 
 def write_vcf(
@@ -151,80 +139,6 @@ def _site(data: GenotypeData, at: int, path: Path) -> str:
     return f"{path}, {data.contig[at]}:{data.position_bp[at]}"
 
 
-def _records(data: GenotypeData) -> list[_Record]:
-    """Rows grouped into records: a complete run of alt_index 1, 2, ... is one record, any other row its own."""
-    made: list[_Record] = []
-    at = 0
-    indices = data.alt_index.tolist()
-    while at < data.n_sites:
-        end = at + 1
-        if indices[at] == 1:
-            while (
-                end < data.n_sites
-                and indices[end] == indices[end - 1] + 1
-                and data.position_bp[end] == data.position_bp[at]
-                and data.contig[end] == data.contig[at]
-                and data.ref[end] == data.ref[at]
-                and data.id[end] == data.id[at]
-            ):
-                end += 1
-            if end - at > _MAX_ALTS or not _can_join(data, at, end):
-                made.extend(_Record(k, k + 1) for k in range(at, end))
-                at = end
-                continue
-        made.append(_Record(at, end))
-        at = end
-    return made
-
-
-def _can_join(data: GenotypeData, first: int, last: int) -> bool:
-    """No haplotype carries two of the ALT alleles, no allele is '.', none is repeated, and the missing planes agree."""
-    alts = data.alt[first:last].tolist()
-    if "." in alts or len(set(alts)) != len(alts):
-        return False
-    rows = data.bits_lw[first:last]
-    union = np.bitwise_or.reduce(rows, axis=0)
-    if int(bits.popcount_rows(rows).sum()) != int(np.bitwise_count(union).sum()):
-        return False
-    return data.missing_lw is None or bool((data.missing_lw[first:last] == data.missing_lw[first]).all())
-
-
-@dataclass
-class _Block:
-    """Records with their alleles uint8 (B, N): 0 = REF, k = k-th ALT, 255 = missing; and counts per record."""
-
-    records: list[_Record]
-    allele_bn: np.ndarray
-    called_b: np.ndarray
-    row_count: np.ndarray
-
-
-def _blocks(data: GenotypeData) -> Iterator[_Block]:
-    n = data.n_haplotypes
-    limit = max(1, _BLOCK_BYTES // max(1, n))
-    todo = _records(data)
-    for start in range(0, len(todo), limit):
-        records = todo[start : start + limit]
-        first, last = records[0].first, records[-1].last
-        heads = np.array([record.first for record in records]) - first
-        allele_ln = bits.unpack(data.bits_lw[first:last], n)
-        row_count = bits.popcount_rows(data.bits_lw[first:last])
-        if last - first == len(records):
-            allele_bn = allele_ln
-        else:
-            allele_bn = allele_ln[heads]
-            for k, record in enumerate(records):
-                for alt in range(1, record.last - record.first):
-                    allele_bn[k] += (alt + 1) * allele_ln[record.first - first + alt]
-        called_b = np.full(len(records), n, dtype=np.int64)
-        if data.missing_lw is not None:
-            missing_bw = data.missing_lw[first:last][heads]
-            called_b -= bits.popcount_rows(missing_bw)
-            if (called_b < n).any():
-                allele_bn[bits.unpack(missing_bw, n).astype(bool)] = 255
-        yield _Block(records, allele_bn, called_b, row_count)
-
-
 def _pairs(data: GenotypeData) -> tuple[np.ndarray, np.ndarray]:
     """First haplotype of every sample (S,), and whether it has a second (S,)."""
     first = data.haplotypes_of_sample[:-1]
@@ -238,10 +152,10 @@ def _write_blocks_bcf(stream: pysam.BGZFile, data: GenotypeData, contig_index: M
     ploidy = 2 if second.any() else 1
     # (allele + 1) << 1 | phase; 0 = missing; the phase stands at the second allele (section 6.3.3)
     code = np.zeros(256, dtype=np.uint8)
-    code[: _MAX_ALTS + 1] = (np.arange(_MAX_ALTS + 1) + 1) << 1
+    code[: genotypes.MAX_ALTS + 1] = (np.arange(genotypes.MAX_ALTS + 1) + 1) << 1
     head = b"\x11\x04" + bytes([ploidy << 4 | 1])
     row = 0
-    for block in _blocks(data):
+    for block in genotypes.joined_blocks(data):
         rows = len(block.records)
         coded_bn = code[block.allele_bn]
         gt_bsp = np.full((rows, samples, ploidy), 0x81, dtype=np.uint8)  # end of vector: a haploid call
@@ -281,7 +195,7 @@ def _text_value(text: str) -> bytes:
 
 def _shared(
     data: GenotypeData,
-    record: _Record,
+    record: genotypes.Record,
     contig_index: Mapping[str, int],
     called: int,
     row_count: np.ndarray,
@@ -322,9 +236,9 @@ def _write_blocks_text(stream: pysam.BGZFile, data: GenotypeData) -> None:
     start_s = np.concatenate([[0], np.cumsum(width_s)])[:-1].astype(np.int64)
     length = int(width_s.sum())
     code = np.full(256, ord("."), dtype=np.uint8)
-    code[: _MAX_ALTS + 1] = np.arange(_MAX_ALTS + 1) + ord("0")
+    code[: genotypes.MAX_ALTS + 1] = np.arange(genotypes.MAX_ALTS + 1) + ord("0")
     separators = np.array([ord("/"), ord("|")], dtype=np.uint8)
-    for block in _blocks(data):
+    for block in genotypes.joined_blocks(data):
         rows = len(block.records)
         text_bt = np.full((rows, length), ord("\t"), dtype=np.uint8)
         coded_bn = code[block.allele_bn]

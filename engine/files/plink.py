@@ -1,0 +1,307 @@
+"""PLINK 2 filesets (.pgen, .pvar, .psam): phased hardcalls in and out with pgenlib.
+
+A PGEN has no ploidy of its own: a haploid call is stored as a homozygote. As PLINK does, samples of SEX 1 are read as
+haploid on X and Y, and all samples on MT, unless one of their calls there is heterozygous; and haploid samples are written
+on these contigs only. The pseudo-autosomal regions of X are contigs of their own in PLINK (PAR1, PAR2, XY) and diploid.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pgenlib
+
+from engine import __version__
+from engine.atomic import atomic_path
+from engine.errors import InputError, UsageError
+from engine.files import genotypes, vcf_header
+from engine.files.genetic_map import plain_contig
+from engine.files.genotypes import GenotypeData
+from engine.kernels import bits
+
+_BLOCK_BYTES = 48 << 20  # int32 alleles held at one time
+_MAX_LINE = 1 << 24
+_MISSING = -9
+
+
+def read_pgen(path: str | Path, *, region: str | None = None) -> GenotypeData:
+    """Read a fileset, named by its .pgen or by the common prefix.
+
+    Multiallelic variants become one row per ALT, as in `engine.files.vcf.read_vcf`. Dosages are not read.
+
+    Args:
+        region: "contig" or "contig:first-last", 1-based inclusive.
+
+    Raises:
+        InputError: a file of the set is absent, compressed (.pvar.zst), damaged or of another size than the others, or the
+            variants are not sorted.
+    """
+    prefix = Path(path).with_suffix("") if Path(path).suffix == ".pgen" else Path(path)
+    pgen, pvar, psam = (prefix.with_name(prefix.name + suffix) for suffix in (".pgen", ".pvar", ".psam"))
+    if not pvar.exists() and pvar.with_name(pvar.name + ".zst").exists():
+        raise InputError("a plain .pvar", f"{pvar.name}.zst", pgen, "plink2 --make-pgen without 'vzs', or zstd -d")
+    for each in (pgen, pvar, psam):
+        if not each.is_file():
+            raise InputError(".pgen, .pvar and .psam of one name", f"no {each.name}", path)
+    ids, male_s = _read_psam(psam)
+    contig, position, name, ref, alts, header = _read_pvar(pvar)
+    _check_pgen(pgen, len(ids), len(position))
+    keep = np.arange(len(position))
+    if region is not None:
+        low, high, wanted = _region(region, path)
+        keep = np.flatnonzero((contig == wanted) & (position >= low) & (position <= high))
+        if len(keep) == 0:
+            raise InputError(f"variants in {region}", "none", path, "a contig name as in the .pvar")
+    counts = np.array([max(1, len(each)) for each in alts], dtype=np.int64)
+    row_variant = np.repeat(keep, counts[keep])
+    row_alt = np.concatenate([np.arange(1, c + 1) for c in counts[keep]]) if len(keep) else np.zeros(0, dtype=np.int64)
+    try:
+        bits_lw, missing_lw, phased, het_s = _read_calls(pgen, len(ids), counts, keep)
+    except (RuntimeError, ValueError) as fault:
+        text = fault.args[0] if fault.args else ""
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        raise InputError("a readable .pgen", text.strip(), pgen) from None
+    n = 2 * len(ids)
+    places = {plain_contig(each) for each in np.unique(contig[keep]).tolist()}
+    haploid_s = np.zeros(len(ids), dtype=bool)
+    if places and places <= {"X", "Y", "24"}:
+        haploid_s = male_s & ~het_s
+    elif places and places <= {"MT", "M", "26"}:
+        haploid_s = ~het_s
+    first = np.concatenate([[0], np.cumsum(np.where(haploid_s, 1, 2))]).astype(np.int64)
+    if haploid_s.any():
+        index = np.flatnonzero(np.stack([np.ones(len(ids), bool), ~haploid_s], axis=1).ravel())
+        bits_lw = genotypes.take_haplotypes(bits_lw, n, index)
+        missing_lw = None if missing_lw is None else genotypes.take_haplotypes(missing_lw, n, index)
+    several = counts[row_variant] > 1
+    return GenotypeData(
+        bits_lw=bits_lw,
+        n_haplotypes=int(first[-1]),
+        missing_lw=missing_lw,
+        phased=phased,
+        contig=contig[row_variant],
+        position_bp=position[row_variant],
+        id=name[row_variant],
+        ref=ref[row_variant],
+        alt=np.array([alts[v][a - 1] if alts[v] else "." for v, a in zip(row_variant, row_alt)], dtype=object),
+        alt_index=np.where(several, row_alt, 0).astype(np.int16),
+        sample_ids=ids,
+        haplotypes_of_sample=first,
+        contig_length=dict(header.contig_length),
+        assembly=header.assembly,
+    )
+
+
+def _read_calls(
+    pgen: Path, samples: int, counts: np.ndarray, keep: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, bool, np.ndarray]:
+    """Bits and missing plane (None where nothing is missing) of the kept variants, diploid; phase; who has a het call."""
+    offsets = np.concatenate([[0], np.cumsum(counts + 1)]).astype(np.uintp)
+    planes, missing, phased, het_s = [], [], True, np.zeros(samples, dtype=bool)
+    limit = max(1, _BLOCK_BYTES // max(1, 8 * samples))
+    if len(keep):
+        reader = pgenlib.PgenReader(
+            str(pgen).encode(), raw_sample_ct=samples, variant_ct=len(counts), allele_idx_offsets=offsets
+        )
+        try:
+            for start in range(int(keep[0]), int(keep[-1]) + 1, limit):  # kept variants are contiguous
+                stop = min(start + limit, int(keep[-1]) + 1)
+                allele_bn = np.empty((stop - start, 2 * samples), dtype=np.int32)
+                phase_bs = np.empty((stop - start, samples), dtype=np.bool_)
+                reader.read_alleles_and_phasepresent_range(start, stop, allele_bn, phase_bs)
+                if allele_bn.size and int((allele_bn.max(axis=1) - counts[start:stop]).max()) > 0:
+                    raise ValueError("an allele number beyond ALT")
+                one, two = allele_bn[:, 0::2], allele_bn[:, 1::2]
+                het_bs = one != two
+                phased &= not bool((het_bs & ~phase_bs).any())
+                het_s |= het_bs.any(axis=0)
+                row = np.repeat(np.arange(stop - start), counts[start:stop])
+                alt = np.concatenate([np.arange(1, c + 1) for c in counts[start:stop]])
+                planes.append(bits.pack(allele_bn[row] == alt[:, None]))
+                missing.append(bits.pack((allele_bn < 0)[row]))
+        finally:
+            reader.close()
+    empty = np.zeros((0, bits.words(2 * samples)), dtype=np.uint64)
+    bits_lw = np.concatenate(planes) if planes else empty
+    missing_lw = np.concatenate(missing) if missing else empty
+    return bits_lw, missing_lw if missing_lw.any() else None, phased, het_s
+
+
+def _check_pgen(pgen: Path, samples: int, variants: int) -> None:
+    with open(pgen, "rb") as stream:
+        start = stream.read(12)
+    if start[:2] != b"\x6c\x1b" or len(start) < 3:
+        raise InputError("a .pgen file", f"one that starts with {start[:2]!r}", pgen)
+    if start[2] == 1:
+        raise InputError("a PLINK 2 .pgen", "a PLINK 1 .bed, which has no phase", pgen, "plink2 --make-pgen")
+    if len(start) >= 11:
+        variants_here, samples_here = struct.unpack_from("<II", start, 3)
+        if (variants_here, samples_here) != (variants, samples):
+            raise InputError(
+                f"{variants} variants (.pvar) x {samples} samples (.psam)", f"{variants_here} x {samples_here}", pgen
+            )
+
+
+def _lines(path: Path) -> list[str]:
+    made = []
+    try:
+        with open(path, encoding="utf-8") as stream:
+            while line := stream.readline(_MAX_LINE):
+                if len(line) == _MAX_LINE:
+                    raise InputError("lines of at most 16 MiB", "a longer one", f"{path}, line {len(made) + 1}")
+                made.append(line.rstrip("\r\n"))
+    except UnicodeDecodeError:
+        raise InputError("a text file in UTF-8", "other bytes", path) from None
+    return made
+
+
+def _read_psam(path: Path) -> tuple[list[str], np.ndarray]:
+    """Sample names, and which have SEX 1."""
+    lines = [line for line in _lines(path) if line and not line.startswith("##")]
+    columns = lines[0].lstrip("#").split() if lines else []
+    if not lines or not lines[0].startswith("#") or "IID" not in columns:
+        raise InputError("a header line with #IID or #FID IID", repr(lines[0][:40]) if lines else "an empty file", path)
+    rows = [line.split() for line in lines[1:]]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(columns):
+            raise InputError(f"{len(columns)} columns", str(len(row)), f"{path}, sample {number}")
+    ids = [row[columns.index("IID")] for row in rows]
+    if len(set(ids)) != len(ids):
+        raise InputError("distinct sample names", "one twice", path)
+    sex = [row[columns.index("SEX")].lower() if "SEX" in columns else "na" for row in rows]
+    return ids, np.array([each in ("1", "m", "male") for each in sex], dtype=bool)
+
+
+def _read_pvar(
+    path: Path,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[list[str]], vcf_header.Header]:
+    """contig, position_bp, id, ref (V,), ALT alleles of each variant, and what the ## lines say."""
+    lines = _lines(path)
+    at = next((k for k, line in enumerate(lines) if not line.startswith("##")), len(lines))
+    columns = lines[at].lstrip("#").split("\t") if at < len(lines) else []
+    if columns[:5] != ["CHROM", "POS", "ID", "REF", "ALT"] or not lines[at].startswith("#"):
+        raise InputError("a header line #CHROM POS ID REF ALT", repr(lines[at][:40]) if columns else "none", path)
+    fixed = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"
+    header = vcf_header.parse(
+        [b"##fileformat=VCFv4.3", *(line.encode() for line in lines[:at] if "fileformat" not in line), fixed.encode()], path
+    )
+    cells = [line.split("\t") for line in lines[at + 1 :] if line]
+    for number, row in enumerate(cells, start=at + 2):
+        if len(row) != len(columns) or not row[1].isdigit() or len(row[1]) > 10 or not row[4]:
+            raise InputError(f"{len(columns)} columns with an integer POS", repr("\t".join(row)[:40]), f"{path}, line {number}")
+    contig = np.array([row[0] for row in cells], dtype=str)
+    position = np.array([int(row[1]) for row in cells], dtype=np.int64)
+    genotypes.check_sorted(contig, position, path)
+    text = lambda k: np.array([row[k] for row in cells], dtype=object)  # noqa: E731
+    return contig, position, text(2), text(3), [[] if row[4] == "." else row[4].split(",") for row in cells], header
+
+
+def _region(region: str, path: str | Path) -> tuple[int, int, str]:
+    found = re.fullmatch(r"(.+?)(?::(\d+)-(\d+))?", region)
+    if found is None:
+        raise InputError("a region such as 22 or 22:16000000-17000000", repr(region), path)
+    return int(found[2] or 0), int(found[3] or 2**31), found[1]
+
+
+def write_pgen(
+    path: str | Path,
+    data: GenotypeData,
+    *,
+    header_lines: Sequence[str] = (),
+    sex: Sequence[str] | np.ndarray | None = None,
+) -> None:
+    """Write .pgen, .pvar and .psam, each whole or absent; the .pgen, which readers ask for, comes last.
+
+    Split multiallelics are joined as `engine.files.vcf.write_vcf` does. `header_lines` go to the .pvar.
+
+    Args:
+        sex: "male", "female" or anything else for unknown, per sample; haploid samples on X and Y are written as male.
+
+    Raises:
+        UsageError: the path does not end in .pgen, or a header line is no `##key=value`.
+        InputError: no samples or sites; a haploid sample outside X, Y and MT; a genotype of which one allele is missing; a
+            name with blanks: a PGEN cannot hold them.
+    """
+    path = Path(path)
+    if path.suffix != ".pgen":
+        raise UsageError("a path ending in .pgen", path.name, "write_pgen")
+    if any(re.fullmatch(r"##[^=\s]+=\S.*", line) is None for line in header_lines):
+        raise UsageError("extra header lines ##key=value", repr(list(header_lines)[:1]), "write_pgen")
+    if not data.n_sites or not data.sample_ids:
+        raise InputError("at least one site and one sample", f"{data.n_sites} x {len(data.sample_ids)}", path)
+    genotypes.check_sorted(data.contig, data.position_bp, path)
+    bad = next((name for name in data.sample_ids if re.search(r"\s", name) or name in ("", "0")), None)
+    if bad is not None or len(set(data.sample_ids)) != len(data.sample_ids):
+        raise InputError("distinct sample names without blanks, not '0'", repr(bad or "one twice"), path)
+    haploid_s = np.diff(data.haplotypes_of_sample) == 1
+    places = {plain_contig(each) for each in np.unique(data.contig).tolist()}
+    if haploid_s.any() and not (places <= {"X", "Y", "24"} or places <= {"MT", "M", "26"}):
+        name = data.sample_ids[int(np.flatnonzero(haploid_s)[0])]
+        raise InputError("diploid samples outside X, Y, MT", f"haploid '{name}'", path, "BCF, which keeps ploidy")
+    records = genotypes.records(data)
+    base = path.with_suffix("")
+    pvar, psam = base.with_name(base.name + ".pvar"), base.with_name(base.name + ".psam")
+    with atomic_path(psam) as partial_psam, atomic_path(pvar) as partial_pvar, atomic_path(path) as partial:
+        _write_calls(partial, path, data, records, haploid_s)
+        _write_pvar(partial_pvar, data, records, header_lines)
+        is_male = haploid_s & (not places <= {"MT", "M", "26"})
+        given = ["unknown"] * len(haploid_s) if sex is None else list(sex)
+        codes = ["1" if m else {"male": "1", "female": "2"}.get(str(s), "NA") for m, s in zip(is_male, given)]
+        rows = ["#IID\tSEX", *(f"{name}\t{code}" for name, code in zip(data.sample_ids, codes))]
+        partial_psam.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _write_calls(
+    partial: Path, path: Path, data: GenotypeData, records: list[genotypes.Record], haploid_s: np.ndarray
+) -> None:
+    first = data.haplotypes_of_sample[:-1]
+    column = np.stack([first, first + ~haploid_s], axis=1).ravel()  # a haploid allele stands twice
+    most = 1 + max(record.last - record.first for record in records)
+    writer = pgenlib.PgenWriter(
+        str(partial).encode(),
+        len(data.sample_ids),
+        variant_ct=len(records),
+        allele_ct_limit=max(2, most),
+        nonref_flags=False,
+        hardcall_phase_present=bool(data.phased),
+    )
+    try:
+        for block in genotypes.joined_blocks(data):
+            allele_bn = np.ascontiguousarray(block.allele_bn[:, column].astype(np.int32))
+            allele_bn[allele_bn == 255] = _MISSING
+            half = (allele_bn[:, 0::2] < 0) != (allele_bn[:, 1::2] < 0)
+            if half.any():
+                k, s = np.argwhere(half)[0]
+                at = block.records[k].first
+                raise InputError(
+                    "genotypes called or missing as a whole",
+                    f"one allele of {data.sample_ids[s]} missing",
+                    f"{path}, {data.contig[at]}:{data.position_bp[at]}",
+                    "BCF, which holds half-called genotypes",
+                )
+            for k, record in enumerate(block.records):
+                writer.append_alleles(allele_bn[k], all_phased=data.phased, allele_ct=1 + record.last - record.first)
+        writer.close()
+    except InputError:
+        del writer  # an unfinished file cannot be closed in order
+        raise
+
+
+def _write_pvar(partial: Path, data: GenotypeData, records: list[genotypes.Record], extra: Sequence[str]) -> None:
+    build = re.sub(r"[\s,<>\"=]+", "_", data.assembly) if data.assembly else None
+    names = [*data.contig_length, *(c for c in dict.fromkeys(data.contig.tolist()) if c not in data.contig_length)]
+    lines = ["##fileformat=VCFv4.3", f"##source=engine {__version__}", *([f"##reference={build}"] if build else [])]
+    for name in names:
+        length = f",length={data.contig_length[name]}" if name in data.contig_length else ""
+        lines.append(f"##contig=<ID={name}{length}{f',assembly={build}' if build else ''}>")
+    lines += [*extra, "#CHROM\tPOS\tID\tREF\tALT"]
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write("\n".join(lines) + "\n")
+        for record in records:
+            at = record.first
+            alt = ",".join(data.alt[at : record.last].tolist())
+            stream.write(f"{data.contig[at]}\t{data.position_bp[at]}\t{data.id[at]}\t{data.ref[at]}\t{alt}\n")
