@@ -109,7 +109,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
         def say(what: str, done: int, total: int) -> None:
             tenth = 10 * done // max(total, 1)
-            if tenth > shown.get(what, -1):
+            if done and tenth > shown.get(what, -1):
                 shown[what] = tenth
                 print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
 
