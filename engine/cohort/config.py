@@ -18,9 +18,16 @@ class _Strict(BaseModel):
 class GenotypeConfig(_Strict):
     """The stretch of genome that is simulated; demography of Gutenkunst et al. 2009 (see `genotypes.demography`)."""
 
-    length_bp: int = Field(default=1_000_000, ge=50_000, description="length of the region")
+    windows: int = Field(default=8, ge=1, description="sequenced stretches of the chromosome, as of a gene panel")
+    window_bp: int = Field(default=200_000, ge=50_000, description="length of each")
+    gap_bp: int = Field(
+        default=5_000_000,
+        ge=0,
+        description="unsequenced distance between them; near enough unlinked that chance relatives share few of them",
+    )
+    gap_rate: float = Field(default=1e-8, gt=0, description="recombination per bp per generation in the gaps")
     offset_bp: int = Field(
-        default=45_000_000, ge=0, description="position of its first base minus one, on a pseudo-contig"
+        default=5_000_000, ge=0, description="position of its first base minus one, on a pseudo-contig"
     )
     contig: str = "sim19"
     contig_length: int = Field(default=60_000_000, description="length of the pseudo-contig; no assembly has this one")
@@ -39,6 +46,16 @@ class GenotypeConfig(_Strict):
     )
     groups: tuple[str, ...] = ("AFR", "EUR", "EAS")
     shares: tuple[float, ...] = (0.3, 0.4, 0.3)
+
+    @property
+    def length_bp(self) -> int:
+        """Length of the simulated chromosome, windows and gaps."""
+        return self.windows * self.window_bp + (self.windows - 1) * self.gap_bp
+
+    @property
+    def window_starts(self) -> list[int]:
+        """First position of each window, from 0."""
+        return [i * (self.window_bp + self.gap_bp) for i in range(self.windows)]
 
     @model_validator(mode="after")
     def _check(self) -> GenotypeConfig:

@@ -44,20 +44,43 @@ def demography() -> msprime.Demography:
 
 
 def recombination_map(config: GenotypeConfig, seed: int) -> msprime.RateMap:
-    """Background rate with hotspots: gaps exponential, intensity exponential, width fixed. Positions start at 0."""
+    """Inside windows a background rate with hotspots (distances and intensities exponential, width fixed); between
+    windows the rate of the gaps. Positions start at 0.
+    """
     rng = seeding.generator(seed, "cohort.recombination_map")
-    edges, rates = [0.0], []
-    place = 0.0
-    while True:
-        place += config.hotspot_width_bp + rng.exponential(max(1.0, config.hotspot_every_bp - config.hotspot_width_bp))
-        fold = 1 + rng.exponential(config.hotspot_fold - 1) if config.hotspot_fold > 1 else 1.0
-        start, stop = math.floor(place), math.floor(place) + config.hotspot_width_bp
-        if stop >= config.length_bp:
-            break
-        edges += [start, stop]
-        rates += [config.recombination_rate, config.recombination_rate * fold]
-    edges.append(float(config.length_bp))
-    rates.append(config.recombination_rate)
+    edges: list[float] = [0.0]
+    rates: list[float] = []
+
+    def until(place: float, rate: float) -> None:
+        if place > edges[-1]:
+            edges.append(place)
+            rates.append(rate)
+
+    for first in config.window_starts:
+        until(float(first), config.gap_rate)
+        place, last = float(first), float(first + config.window_bp)
+        while True:
+            apart = max(1.0, config.hotspot_every_bp - config.hotspot_width_bp)
+            place = math.floor(place + config.hotspot_width_bp + rng.exponential(apart))
+            fold = 1 + rng.exponential(config.hotspot_fold - 1) if config.hotspot_fold > 1 else 1.0
+            if place + config.hotspot_width_bp >= last:
+                break
+            until(place, config.recombination_rate)
+            until(place + config.hotspot_width_bp, config.recombination_rate * fold)
+        until(last, config.recombination_rate)
+    return msprime.RateMap(position=edges, rate=rates)
+
+
+def mutation_map(config: GenotypeConfig) -> msprime.RateMap:
+    """Mutations arise in the windows only: what lies between them is not sequenced."""
+    edges: list[float] = [0.0]
+    rates: list[float] = []
+    for first in config.window_starts:
+        if first > edges[-1]:
+            edges.append(float(first))
+            rates.append(0.0)
+        edges.append(float(first + config.window_bp))
+        rates.append(config.mutation_rate)
     return msprime.RateMap(position=edges, rate=rates)
 
 
@@ -86,7 +109,7 @@ def simulate(config: GenotypeConfig, people: int, seed: int, sample_ids: list[st
     )
     mutated = msprime.sim_mutations(
         ancestry,
-        rate=config.mutation_rate,
+        rate=mutation_map(config),
         random_seed=1 + seeding.derived_seed(seed, "cohort.mutations") % (2**31 - 2),
     )
     group = np.repeat(np.array(list(counts), dtype=object), list(counts.values()))

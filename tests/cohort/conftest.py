@@ -13,7 +13,7 @@ def small_config() -> EmbeddedConfig:
     return EmbeddedConfig(
         people=48,
         seed=3,
-        genotypes=GenotypeConfig(length_bp=200_000),
+        genotypes=GenotypeConfig(windows=1, window_bp=200_000),
         recruitment=PeopleConfig(second_visit=0.5, second_visit_ad=0.5, holdout=0.25),
     )
 

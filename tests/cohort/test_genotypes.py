@@ -9,7 +9,7 @@ from engine.cohort.truth import hudson_fst
 from engine.errors import UsageError
 from engine.genomics.panel import HaplotypePanel
 
-CONFIG = GenotypeConfig(length_bp=300_000)
+CONFIG = GenotypeConfig(windows=1, window_bp=300_000)
 IDS = [f"P{k}" for k in range(90)]
 
 
@@ -76,7 +76,7 @@ def test_causal_loci_are_common_in_every_group_and_apart(panel: HaplotypePanel) 
 
 def test_too_short_a_region_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 50 sites"):
-        genotypes.simulate(GenotypeConfig(length_bp=50_000, min_maf=0.49), 6, 1, IDS[:6])
+        genotypes.simulate(GenotypeConfig(windows=1, window_bp=50_000, min_maf=0.49), 6, 1, IDS[:6])
 
 
 def test_demography_is_the_published_one() -> None:
@@ -92,3 +92,22 @@ def test_demography_is_the_published_one() -> None:
     assert at["OOA"][2] == 2_100
     assert at["AMH"][3] == 12_300
     assert at["ANC"][4] == 7_300
+
+
+def test_sites_lie_in_windows_that_are_nearly_unlinked() -> None:
+    config = GenotypeConfig(windows=3, window_bp=60_000, gap_bp=4_000_000)
+    panel = genotypes.simulate(config, 60, 5, [f"p{i}" for i in range(60)])
+    place = panel.sites.position_bp - config.offset_bp - 1
+    window = np.full(len(place), -1)
+    for i, first in enumerate(config.window_starts):
+        window[(place >= first) & (place < first + config.window_bp)] = i
+    assert set(window) == {0, 1, 2}
+    alleles = panel.alleles_nl().astype(float)
+    r2 = np.corrcoef(alleles.T) ** 2
+    across = r2[np.ix_(window == 0, window == 2)].mean()
+    within = r2[np.ix_(window == 0, window == 0)].mean()
+    assert across < 0.5 * within
+    cm = panel.sites.position_cm
+    assert cm is not None
+    step = cm[window == 1][0] - cm[window == 0][-1]
+    assert abs(step - 4.0) < 0.2
