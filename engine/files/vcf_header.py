@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ _RESERVED = {
         "PL": "G Integer", "PQ": "1 Integer", "PS": "1 Integer", "HAP": "1 Integer", "AHAP": "1 Integer",
     },
 }  # fmt: skip
-_LOOSE = {"SB": "", "SVTYPE": ""}  # keys whose definition changed between versions
+
+_MAX_INDEX = 10_000_000  # htslib allocates a table of this length
 
 Note = Callable[[str], None]
 
@@ -114,6 +116,8 @@ def parse(lines: list[bytes], path: Path) -> Header:
             continue
         name = fields["ID"]
         index = fields.get("IDX", "")
+        if index and (not index.isdigit() or int(index) > _MAX_INDEX):
+            raise InputError(f"IDX from 0 to {_MAX_INDEX}", repr(index[:20]), f"{path}, {key} {name[:40]}")
         if key == "contig":
             if name not in made.contigs:
                 made.contigs.append(name)
@@ -211,11 +215,34 @@ def judge_record(cells: list[bytes], alts: int, header: Header, note: Note, numb
     elif text[5].startswith("-"):
         note(f"{where}: QUAL is negative")
     filters = text[6].split(";")
-    if "" in filters or "0" in filters or len(set(filters)) != len(filters) or re.search(r"\s", text[6]):
+    if "" in filters or "0" in filters or ("." in filters and len(filters) > 1) or len(set(filters)) != len(filters) or re.search(r"\s", text[6]):
         note(f"{where}: FILTER {text[6][:30]!r}")
     elif len(filters) > 1 and "PASS" in filters:
         note(f"{where}: FILTER has PASS among others")
     _judge_info(text[7], alts, header, note, where)
+    if len(cells) > 9:
+        _judge_samples(cells[8].decode("latin-1"), cells[9].decode("latin-1"), alts, header, note, where)
+
+
+def _judge_samples(keys: str, rest: str, alts: int, header: Header, note: Note, where: str) -> None:
+    """Number of values of each FORMAT key in the first 50 samples (section 1.6.2)."""
+    names = keys.split(":")
+    if len(names) == 1:
+        return
+    for cell in rest.split("\t", 50)[:50]:
+        values = cell.split(":")
+        ploidy = len(re.findall(r"[/|]", values[0])) + 1 if names[0] == "GT" else 2
+        for name, value in zip(names[1:], values[1:]):
+            defined = header.definitions.get(("FORMAT", name))
+            count = (_RESERVED["FORMAT"].get(name, ". String")).split()[0]
+            if defined is not None:
+                count = defined.get("Number", ".")
+            genotypes = math.comb(ploidy + alts, ploidy)
+            wanted = {"A": alts, "R": alts + 1, "G": genotypes}.get(count, int(count) if count.isdigit() else None)
+            found = value.count(",") + 1
+            if wanted is not None and value != "." and found != wanted:
+                note(f"{where}: FORMAT {name} has {found} values, {wanted} expected")
+                return
 
 
 def _judge_info(info: str, alts: int, header: Header, note: Note, where: str) -> None:
@@ -251,9 +278,11 @@ def _judge_info(info: str, alts: int, header: Header, note: Note, where: str) ->
                 r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf(inity)?|nan)", each, re.IGNORECASE
             ):
                 note(f"{where}: INFO {key} value {each[:20]!r} is no number")
-            elif key in ("AC", "AN", "DP", "NS", "MQ0", "AD", "ADF", "ADR", "MQ", "BQ") and each.startswith("-"):
+            elif key in ("AC", "AN", "DP", "NS", "MQ0", "AD", "ADF", "ADR", "MQ", "BQ", "END") and each.startswith("-"):
                 note(f"{where}: INFO {key} is negative")
             elif key == "AF" and not 0 <= float(each) <= 1:
                 note(f"{where}: INFO AF outside 0 to 1")
+            elif key == "CIGAR" and not re.fullmatch(r"(\d+[MIDNSHPX=])+", each):
+                note(f"{where}: INFO CIGAR {each[:20]!r}")
             elif key == "AA" and not re.fullmatch(r"[^\s]+", each):
                 note(f"{where}: INFO AA {each[:20]!r}")

@@ -145,6 +145,7 @@ def _walk_text(stream: IO[bytes], path: Path, thorough: bool, deadline: float | 
     order = _Order()
     number = len(lines)
     patterns: dict[int, re.Pattern[bytes]] = {}
+    variants: set[bytes] = set()  # of the last position
     while True:
         line = stream.readline(_MAX_RECORD + 1)
         if not line:
@@ -167,11 +168,18 @@ def _walk_text(stream: IO[bytes], path: Path, thorough: bool, deadline: float | 
             raise InputError("text", "a zero byte", where)
         cells = line.split(b"\t", 9)
         contig, position, alts = _check_site(cells, made, where)
+        before = order.position
         order.check(contig, position, contig.decode("latin-1"), where)
         if n:
             _check_samples(cells, n, where, patterns)
         if thorough:
             vcf_header.judge_record(cells, alts, header, made.note, number)
+            here = b"\t".join((cells[0], cells[1], cells[3], cells[4]))
+            if position != before:
+                variants.clear()
+            if here in variants:
+                made.note(f"line {number} repeats a variant")
+            variants.add(here)
         made.n_records += 1
         if deadline is not None and made.n_records % 64 == 0 and time.monotonic() > deadline:
             made.complete = False
