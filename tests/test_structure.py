@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,51 @@ def test_kernel_rooms_do_not_import_each_other_and_need_a_bare_pytorch_only() ->
             assert parts[0] in KERNEL_IMPORTS, f"{path}:{line} imports {name}"
             if parts[:2] == ["engine", "kernels"] and len(parts) > 2:
                 assert parts[2] == kernel, f"{path}:{line} imports {name}, another kernel room"
+
+
+def test_kernels_import_on_a_machine_with_a_bare_pytorch() -> None:
+    """Every kernel module, with every other installed package made impossible to import."""
+    code = f"""
+import importlib, importlib.metadata, pathlib, sys
+allowed = {sorted(KERNEL_IMPORTS)!r}
+needed = {{"torch", "numpy", "numba", "triton", "llvmlite"}}
+providers = importlib.metadata.packages_distributions()
+def closure(names):
+    import re
+    seen, todo = set(), list(names)
+    while todo:
+        name = todo.pop()
+        key = re.sub(r"[-_.]+", "-", name).lower()
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            todo += [re.split(r"[ ;<>=!~\\[(]", r)[0] for r in importlib.metadata.requires(name) or [] if "extra" not in r]
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return seen
+import re
+usable = closure(needed)
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        owners = {{re.sub(r"[-_.]+", "-", d).lower() for d in providers.get(top, [])}}
+        if owners and not owners & usable and top != "engine":
+            raise ImportError(top + " is not part of a bare PyTorch")
+        return None
+sys.meta_path.insert(0, Bare())
+root = pathlib.Path({str(PACKAGE)!r})
+for path in sorted((root / "kernels").rglob("*.py")):
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    importlib.import_module(".".join(p for p in parts if p != "__init__"))
+try:
+    import scipy
+except ImportError:
+    print("bare")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "bare"
 
 
 def test_no_file_is_two_rooms_in_one() -> None:

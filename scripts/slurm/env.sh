@@ -14,5 +14,8 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export NUMBA_NUM_THREADS=$OMP_NUM_THREADS
 export MKL_NUM_THREADS=$OMP_NUM_THREADS
 
+# A virtual environment elsewhere: export VENV=/path/to/it before submitting.
+venv=${VENV:-.venv}
+[[ $venv = /* ]] || venv=$ENGINE_HOME/$venv
 # shellcheck disable=SC1090,SC1091
-source "$ENGINE_HOME/${VENV:-.venv}/bin/activate"
+source "$venv/bin/activate"

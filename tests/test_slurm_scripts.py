@@ -1,0 +1,100 @@
+"""The job scripts: each is resources plus one command, and does the same work when bash runs it without SLURM."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.genomics.panel import panel_from_alleles, read_panel, write_panel, write_samples
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
+
+
+def run_job(name: str, *arguments: object, shard: tuple[int, int] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VENV": sys.prefix, "ENGINE_HOME": str(ROOT), "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment.pop("SLURM_JOB_ID", None)
+    if shard is not None:
+        environment |= {"SLURM_ARRAY_TASK_ID": str(shard[0]), "SLURM_ARRAY_TASK_COUNT": str(shard[1])}
+    script = ROOT / "scripts" / "slurm" / f"{name}.sbatch"
+    return subprocess.run(
+        ["bash", str(script), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def panel_files(tmp_path_factory):
+    """A panel of 60 people, as files."""
+    folder = tmp_path_factory.mktemp("panel")
+    rng = np.random.default_rng(2)
+    donors = (rng.random((20, 120)) < 0.4).astype(np.uint8)
+    alleles = donors[np.repeat(rng.integers(0, 20, (120, 12)), 10, axis=1), np.arange(120)]
+    panel = panel_from_alleles(
+        alleles.T, 1_000 + 3_000 * np.arange(120), "21", [f"p{i}" for i in range(60)],
+        group=["A"] * 30 + ["B"] * 30, contig_length={"21": 48_129_895}, assembly="GRCh37",
+    )  # fmt: skip
+    write_panel(panel, folder / "panel.bcf")
+    write_samples(panel, folder / "samples.tsv")
+    lines = ["pos chr cM", *(f"{bp} 21 {bp * 1e-6:.6f}" for bp in range(1, 400_002, 50_000))]
+    (folder / "map.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_a_job_is_resources_and_one_command(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n")
+    for resource in ("--job-name=", "--nodes=", "--cpus-per-task=", "--mem=", "--time=", "--output="):
+        assert re.search(rf"^#SBATCH {resource}", text, re.M), resource
+    assert len(re.findall(r"^engine ", text, re.M)) == 1
+    assert "set -euo pipefail" in text
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+
+
+def test_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    scripts = [*JOBS, ROOT / "scripts" / "slurm" / "env.sh", *(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]
+    done = subprocess.run(
+        ["shellcheck", "-s", "bash", "-e", "SC1091", *map(str, scripts)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_fit_generate_in_an_array_and_finish(panel_files: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "synthetic.bcf"
+    fitted = run_job(
+        "fit_genomics", panel_files / "panel.bcf", panel_files / "map.txt", panel_files / "samples.tsv", run
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    for index in range(3):
+        assert run_job("generate_genomics", run, 10, out, 5, shard=(index, 3)).returncode == 0
+    assert not out.exists()
+    assert run_job("finish", "genomics", out, 3).returncode == 0
+    whole = tmp_path / "whole.bcf"
+    assert run_job("generate_genomics", run, 10, whole, 5).returncode == 0
+    assert np.array_equal(read_panel(out).bits_lw, read_panel(whole).bits_lw)
+
+
+def test_the_audit_job_fails_when_the_verdict_is_no_pass(panel_files: Path, tmp_path: Path) -> None:
+    """So that `afterok` stops the chain before the release."""
+    panel = read_panel(panel_files / "panel.bcf")
+    write_panel(panel.select(samples=np.arange(40)), tmp_path / "train.bcf")
+    write_panel(panel.select(samples=np.arange(40, 60)), tmp_path / "holdout.bcf")
+    shutil.copy(tmp_path / "train.bcf", tmp_path / "synthetic.bcf")
+    done = run_job("audit", *(tmp_path / f"{n}.bcf" for n in ("train", "holdout", "synthetic")), tmp_path / "audit")
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "audit" / "audit.json").is_file()
+
+
+def test_a_job_without_its_arguments_says_how_to_call_it() -> None:
+    done = run_job("train_imaging")
+    assert done.returncode != 0
+    assert "usage: train_imaging.sbatch CONFIG CSV RUN" in done.stderr
