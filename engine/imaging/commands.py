@@ -148,12 +148,14 @@ def evaluate_command(
 
     real, persons = read_folder(real_dir, modality)
     synthetic, _ = read_folder(synthetic_dir, modality)
+    fitted, fitted_persons = read_folder(train, modality) if train else (None, None)
     made = evaluate(
         real,
         synthetic,
         reference=read_folder(reference, modality)[0] if reference else None,
-        train=read_folder(train, modality)[0] if train else None,
+        train=fitted,
         real_persons=persons,
+        train_persons=fitted_persons,
         seed=seed,
     )
     if progress is not None:
