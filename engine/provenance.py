@@ -23,7 +23,7 @@ SCHEMA = "engine.provenance/1"
 _PACKAGES = (
     "torch", "numpy", "numba", "triton", "scipy", "scikit-learn", "monai", "diffusers", "accelerate", "nibabel",
     "pydicom",
-    "highdicom", "pysam", "cyvcf2", "Pgenlib", "msprime", "nilearn",
+    "pysam", "cyvcf2", "Pgenlib", "msprime", "nilearn",
 )  # fmt: skip
 
 

@@ -41,10 +41,10 @@ def written_commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.S) if page.suffix == ".md" else [text]
+        blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, re.S) if page.suffix == ".md" else [text]
         for block in blocks:
             for line in block.splitlines():
-                line = re.sub(r"^\s*(\$ )?", "", line)
+                line = re.sub(r"^\s*(\$ |exec )?", "", line)
                 if line.startswith("engine ") and "{" not in line.split()[1]:
                     found.append((page.name, line.split(" #")[0].strip()))
     return found
