@@ -147,7 +147,7 @@ def _check_pgen(pgen: Path, samples: int, variants: int) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    made = []
+    made: list[str] = []
     try:
         with open(path, encoding="utf-8") as stream:
             while line := stream.readline(_MAX_LINE):
@@ -187,12 +187,15 @@ def _read_pvar(
         raise InputError("a header line #CHROM POS ID REF ALT", repr(lines[at][:40]) if columns else "none", path)
     fixed = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"
     header = vcf_header.parse(
-        [b"##fileformat=VCFv4.3", *(line.encode() for line in lines[:at] if "fileformat" not in line), fixed.encode()], path
+        [b"##fileformat=VCFv4.3", *(line.encode() for line in lines[:at] if "fileformat" not in line), fixed.encode()],
+        path,
     )
     cells = [line.split("\t") for line in lines[at + 1 :] if line]
     for number, row in enumerate(cells, start=at + 2):
         if len(row) != len(columns) or not row[1].isdigit() or len(row[1]) > 10 or not row[4]:
-            raise InputError(f"{len(columns)} columns with an integer POS", repr("\t".join(row)[:40]), f"{path}, line {number}")
+            raise InputError(
+                f"{len(columns)} columns with an integer POS", repr("\t".join(row)[:40]), f"{path}, line {number}"
+            )
     contig = np.array([row[0] for row in cells], dtype=str)
     position = np.array([int(row[1]) for row in cells], dtype=np.int64)
     genotypes.check_sorted(contig, position, path)

@@ -51,11 +51,12 @@ class _Block:
 def read_vcf(path: str | Path, *, region: str | None = None, samples: Sequence[str] | None = None) -> GenotypeData:
     """Read VCF, gzipped or bgzipped VCF, or BCF.
 
-    A record with several ALT alleles becomes one row per ALT (`alt_index` 1, 2, ...; other ALT alleles count as 0). Indels,
-    symbolic alleles, breakends and `*` are kept by name; a record without ALT is kept as a row without ones, an allele called there is missing. A sample that
-    is haploid in every record (as males on X: `0`, or the older `0/.`) owns one haplotype; one that is haploid in some records
-    and diploid in others owns two, the second missing where the call is haploid, and a note says so. Records without GT are
-    missing in every sample. `phased` is False where a called heterozygote is unphased.
+    A record with several ALT alleles becomes one row per ALT (`alt_index` 1, 2, ...; other ALT alleles count as 0).
+    Indels, symbolic alleles, breakends and `*` are kept by name; a record without ALT is kept as a row without ones, and
+    an allele called there is missing. A sample that is haploid in every record (as males on X: `0`, or the older `0/.`)
+    owns one haplotype; one that is haploid in some records and diploid in others owns two, the second missing where the
+    call is haploid, and a note says so. Records without GT are missing in every sample. `phased` is False where a called
+    heterozygote is unphased.
 
     Args:
         region: "contig" or "contig:first-last" (1-based, inclusive, by POS). The file is read through; no index is needed.

@@ -215,7 +215,13 @@ def judge_record(cells: list[bytes], alts: int, header: Header, note: Note, numb
     elif text[5].startswith("-"):
         note(f"{where}: QUAL is negative")
     filters = text[6].split(";")
-    if "" in filters or "0" in filters or ("." in filters and len(filters) > 1) or len(set(filters)) != len(filters) or re.search(r"\s", text[6]):
+    if (
+        "" in filters
+        or "0" in filters
+        or ("." in filters and len(filters) > 1)
+        or len(set(filters)) != len(filters)
+        or re.search(r"\s", text[6])
+    ):
         note(f"{where}: FILTER {text[6][:30]!r}")
     elif len(filters) > 1 and "PASS" in filters:
         note(f"{where}: FILTER has PASS among others")

@@ -14,7 +14,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def inspect(path: Path, *, thorough: bool = False, deadline: float | None = None
         with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
             start = stream.peek(5)[:5] if hasattr(stream, "peek") else b""
             walk = _walk_bcf if start[:3] == b"BCF" else _walk_text
-            return walk(stream, path, thorough, deadline)
+            return walk(cast(IO[bytes], stream), path, thorough, deadline)
     except (EOFError, zlib.error, gzip.BadGzipFile) as fault:
         raise InputError("a whole compressed file", f"damage or truncation ({fault})", path) from None
     except OSError as fault:

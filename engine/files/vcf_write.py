@@ -62,7 +62,7 @@ def write_vcf(
     suffix = ".csi" if is_bcf or furthest >= _TBI_LIMIT else ".tbi"
     index_path = path.with_name(path.name + suffix)
     with atomic_path(index_path) as partial_index, atomic_path(path) as partial:
-        with pysam.BGZFile(str(partial), "wb") as stream:
+        with pysam.BGZFile(str(partial), "wb", None) as stream:
             if is_bcf:
                 text = header.encode() + b"\0"
                 stream.write(b"BCF\2\2" + struct.pack("<I", len(text)) + text)

@@ -270,14 +270,19 @@ def two_alt_rows(second: list[int]) -> GenotypeData:
     )  # fmt: skip
 
 
+def body_of(path: Path) -> list[list[str]]:
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+    return [line.split("\t") for line in lines if not line.startswith("#")]
+
+
 def test_split_alleles_that_meet_on_a_haplotype_stay_separate_records(tmp_path):
     path = tmp_path / "x.vcf.gz"
     vcf.write_vcf(path, two_alt_rows([1, 0, 0, 0]))
-    body = [line.split("\t") for line in gzip.open(path, "rt") if not line.startswith("#")]
+    body = body_of(path)
     assert [row[4] for row in body] == ["G,T"]
     assert body[0][7:] == ["AC=2,1;AN=4;AF=0.5,0.25", "GT", "2|1", "1|0\n"]
     vcf.write_vcf(path, two_alt_rows([0, 1, 0, 0]))
-    body = [line.split("\t") for line in gzip.open(path, "rt") if not line.startswith("#")]
+    body = body_of(path)
     assert [row[4] for row in body] == ["G", "T"]
     assert [row[9] for row in body] == ["0|1", "0|1"]
 
@@ -285,9 +290,14 @@ def test_split_alleles_that_meet_on_a_haplotype_stay_separate_records(tmp_path):
 def test_the_header_says_what_the_file_is(tmp_path):
     path = tmp_path / "x.vcf.gz"
     vcf.write_vcf(path, one_row_data(), header_lines=["##engine=SYNTHETIC"], contigs={"1": 100}, assembly="GRCh37")
-    text = gzip.open(path, "rt").read()
+    text = gzip.decompress(path.read_bytes()).decode()
     assert text.startswith("##fileformat=VCFv4.3\n")
-    for part in ("##source=engine ", "##reference=GRCh37", "##contig=<ID=1,length=100,assembly=GRCh37>", "##engine=SYNTHETIC"):
+    for part in (
+        "##source=engine ",
+        "##reference=GRCh37",
+        "##contig=<ID=1,length=100,assembly=GRCh37>",
+        "##engine=SYNTHETIC",
+    ):
         assert part in text
 
 
@@ -313,8 +323,34 @@ def test_nothing_is_left_behind_on_error_and_no_stale_index(tmp_path):
     (tmp_path / "x.vcf.gz.csi").write_text("of an older file")
     vcf.write_vcf(gz, one_row_data())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.vcf.gz", "x.vcf.gz.tbi"]
+    assert gzip.decompress((tmp_path / "x.vcf.gz.tbi").read_bytes())[:4] == b"TBI\1"
     vcf.write_vcf(gz, one_row_data(contig_length={"1": 2**30}))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.vcf.gz", "x.vcf.gz.csi"]
+
+
+def test_a_haploid_call_ends_its_vector(tmp_path):
+    """BCF pads a shorter call with 0x81 (section 6.3.3), and nothing else is a haploid call."""
+    path = tmp_path / "x.bcf"
+    data = one_row_data(
+        bits_lw=bits.pack(np.array([[1, 0, 1]], dtype=np.uint8)),
+        n_haplotypes=3,
+        haplotypes_of_sample=np.array([0, 1, 3]),
+    )
+    vcf.write_vcf(path, data)
+    assert gzip.decompress(path.read_bytes()).endswith(b"\x11\x04\x21" + bytes([4, 0x81, 2, 5]))
+
+
+def test_a_record_of_other_sample_count_is_refused(tmp_path):
+    path = tmp_path / "x.bcf"
+    vcf.write_vcf(path, one_row_data())
+    whole = bytearray(gzip.decompress(path.read_bytes()))
+    length = int.from_bytes(whole[5:9], "little")
+    at = 9 + length + 8 + 20  # n_sample of the first record
+    assert whole[at] == 2
+    whole[at] = 1
+    path.write_bytes(gzip.compress(bytes(whole)))
+    with pytest.raises(InputError, match="1 samples where the header names 2"):
+        vcf.read_vcf(path)
 
 
 # --- beside bcftools, on real data ---
@@ -348,12 +384,17 @@ def test_real_files_agree_with_bcftools_and_come_back_exactly(real_data, tmp_pat
     for line in wanted:
         contig, position, ref, alts, *calls = line.split(" ")
         for k, alt in enumerate(alts.split(","), start=1):
-            assert (sub.contig[row], sub.position_bp[row], sub.ref[row], sub.alt[row]) == (contig, int(position), ref, alt)
+            assert (sub.contig[row], sub.position_bp[row], sub.ref[row], sub.alt[row]) == (
+                contig,
+                int(position),
+                ref,
+                alt,
+            )
             expected = []
             for s, call in enumerate(calls):
                 own = [-1 if a == "." else int(int(a) == k) for a in call.replace("|", "/").split("/")]
                 size = int(np.diff(sub.haplotypes_of_sample)[s])
-                expected += (own + [-1])[:size]
+                expected += [*own, -1][:size]
             assert table[row] == expected, line
             row += 1
     assert row == sub.n_sites
