@@ -3,7 +3,7 @@
 # missing ones are installed; elsewhere they are named and the tests that need them are skipped with a reason.
 set -euo pipefail
 missing=()
-for pair in bcftools:bcftools chromium:chromium dcm2niix:dcm2niix shellcheck:shellcheck; do
+for pair in bcftools:bcftools plink2:plink2 chromium:chromium dcm2niix:dcm2niix shellcheck:shellcheck; do
   command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} = 0 ]; then
