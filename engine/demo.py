@@ -33,6 +33,7 @@ from engine.imaging import commands as imaging
 from engine.imaging.evaluate import evaluate as evaluate_imaging
 from engine.imaging.generate import load_model
 from engine.release.audit_run import run_audit
+from engine.release.evaluation import genotype_section, scan_section
 from engine.release.manifest import release
 from engine.release.report import Section, Table, audit_sections, write_report
 
@@ -324,12 +325,6 @@ def _report(
     tiles = [by_name[name] for name in ("ld_r", "pca_w1", "frechet_shape", "frechet_texture") if name in by_name]
     made = result["made"]
     genotypes, scans, kept = (judged[name] for name in ("genotypes", "scans", "truth"))
-    montage = scans.figures["montage"]
-    rows = [
-        np.stack(list(montage[side][plane]))
-        for plane in ("axial", "coronal", "sagittal")
-        for side in ("real", "synthetic")
-    ]
     sections = [
         Section(
             "What was made",
@@ -338,8 +333,8 @@ def _report(
             " Everybody in that cohort is simulated, so that the truth is known.",
             tables=[Table("Seconds per stage", ("Stage", "Seconds"), list(result["seconds"].items()))],
         ),
-        Section("Scans", _SCANS, scans.findings, _scan_figures(scans.figures, rows)),
-        Section("Genotypes", _GENOTYPES, genotypes.findings, _known(genotypes.figures)),
+        scan_section(scans.findings, scans.figures),
+        genotype_section(genotypes.findings, genotypes.figures),
         Section(
             "How much of the known truth was kept",
             _TRUTH,
@@ -364,55 +359,11 @@ def _report(
     )
 
 
-_SCANS = (
-    "Middle slices, real held-out heads above synthetic ones, in three planes. Distances are given beside the same distance"
-    " between two sets of real heads."
-)
-_GENOTYPES = (
-    "Allele frequencies match for almost any generator and are no evidence of quality; linkage, principal components and the"
-    " longest stretches shared with the training people are."
-)
 _TRUTH = (
     "Effects that were built into the embedded cohort, estimated by one rule in the real and in the synthetic people. An effect"
     " counts as kept when the synthetic estimate lies within the error that a real cohort of this size would have around the"
     " truth; where the real cohort itself cannot see an effect, it cannot be judged."
 )
-
-
-def _known(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: figures[name] for name in ("pca", "ld_decay", "sfs", "af") if name in figures}
-
-
-def _scan_figures(figures: dict[str, Any], rows: list[np.ndarray]) -> dict[str, Any]:
-    """Montages by plane (planes differ in shape), the intensity histogram and the components of shape."""
-    drawn: dict[str, Any] = {}
-    for index, plane in enumerate(("axial", "coronal", "sagittal")):
-        drawn[f"montage_{plane}"] = {
-            "kind": "montage",
-            "tiles": np.stack(rows[2 * index : 2 * index + 2]),
-            "title": f"{plane.capitalize()} slices",
-            "caption": "Upper row: real, held out. Lower row: synthetic.",
-        }
-    bins = np.asarray(figures["intensity"]["bin"])
-    half = (bins[1] - bins[0]) / 2
-    drawn["histogram_intensity"] = {
-        "edges": np.append(bins - half, bins[-1] + half),
-        "real": figures["intensity"]["real"],
-        "synthetic": figures["intensity"]["synthetic"],
-        "x_label": "intensity, scaled to 0..1",
-        "log": True,
-        "title": "Voxel intensities",
-    }
-    drawn["scatter_shape"] = {
-        "series": {
-            side: {"x": np.asarray(figures["pca"][side])[:, 0], "y": np.asarray(figures["pca"][side])[:, 1]}
-            for side in ("real", "synthetic")
-        },
-        "x_label": "shape component 1",
-        "y_label": "shape component 2",
-        "title": "Shape features",
-    }
-    return drawn
 
 
 def _truth_figures(figures: dict[str, Any]) -> dict[str, Any]:

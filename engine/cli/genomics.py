@@ -127,9 +127,18 @@ def evaluate(
 ) -> None:
     """How near a synthetic panel is to real held-out haplotypes, and how near to the training ones."""
     from engine.genomics.commands import evaluate_command
+    from engine.release.evaluation import genotype_report
 
     with progress_bar() as progress:
         result = evaluate_command(
-            real, synthetic, train=train, samples=samples, out=out, seed=seed, intersect=intersect, progress=progress
+            real,
+            synthetic,
+            train=train,
+            samples=samples,
+            out=out,
+            seed=seed,
+            intersect=intersect,
+            report=genotype_report,
+            progress=progress,
         )
     emit(result, json, lambda r: finding_lines(r["findings"]))

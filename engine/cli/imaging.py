@@ -105,9 +105,10 @@ def evaluate(
 ) -> None:
     """How far synthetic volumes are from real ones, beside how far real ones are from each other."""
     from engine.imaging.commands import evaluate_command
+    from engine.release.evaluation import scan_report
 
     with progress_bar() as progress:
         result = evaluate_command(
-            real, synthetic, train=train, out=out, modality=modality, seed=seed, progress=progress
+            real, synthetic, train=train, out=out, modality=modality, seed=seed, report=scan_report, progress=progress
         )
     emit(result, json, lambda r: finding_lines(r["findings"]))

@@ -202,6 +202,7 @@ def evaluate_command(
     out: str | Path | None = None,
     seed: int = 0,
     intersect: bool = False,
+    report: Callable[[Path, Any, int], Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Findings of a synthetic panel file against held-out real haplotypes and, where given, the training ones.
@@ -209,7 +210,8 @@ def evaluate_command(
     Args:
         samples: table with the groups of real (and train) people; those of synthetic people are read from
             `SYNTHETIC.samples.tsv` where it exists.
-        out: folder to write evaluation.json and provenance.json to; it must not exist.
+        out: folder to write evaluation.json and provenance.json to, and what `report(folder, evaluation, seed)` adds; it
+            must not exist.
 
     Returns:
         {"findings": [...], "figures": {...}}, JSON-ready.
@@ -223,13 +225,16 @@ def evaluate_command(
     real_panel = read_panel(real, samples_tsv=samples)
     synthetic_panel = read_panel(synthetic, samples_tsv=table if table.exists() else None)
     train_panel = None if train is None else read_panel(train)
-    result = evaluate(
+    made = evaluate(
         real_panel, synthetic_panel, train=train_panel, seed=seed, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("evaluating", done, total),
-    ).to_json()  # fmt: skip
+    )  # fmt: skip
+    result = made.to_json()
     if out is not None:
         with atomic.atomic_folder(out) as folder:
             atomic.write_json(folder / "evaluation.json", result)
+            if report is not None:
+                report(folder, made, seed)
             provenance.write(folder, "genomics evaluate", inputs=inputs, seed=seed, config={"intersect": intersect})
     return result
 

@@ -136,13 +136,15 @@ def evaluate_command(
     out: str | Path | None = None,
     modality: str | None = None,
     seed: int = 0,
+    report: Callable[[Path, Any, int], Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`engine imaging evaluate`: findings of synthetic against real; a directory is read through its `volumes.csv` if
     it has one.
 
     `modality` says what NIfTI files hold, which does not record it ("CT" = Hounsfield units).
-    With `out`, the folder gets `findings.json`, `montage.png` and `provenance.json`.
+    With `out`, the folder gets `findings.json`, `montage.png` and `provenance.json`, and what `report(folder, evaluation,
+    seed)` adds to it.
     """
     from engine.imaging.evaluate import evaluate, montage_image
 
@@ -168,6 +170,8 @@ def evaluate_command(
             write_json(folder / "findings.json", result)
             enlarged = np.kron(montage_image(made.figures), np.ones((3, 3), dtype=np.uint8))
             imsave(folder / "montage.png", enlarged, cmap="gray", vmin=0, vmax=255)
+            if report is not None:
+                report(folder, made, seed)
             provenance.write(folder, "imaging evaluate", inputs=[real_dir, synthetic_dir], seed=seed)
     return result
 

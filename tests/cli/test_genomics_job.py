@@ -89,6 +89,7 @@ def test_evaluate_audit_and_release(chr15, good, engine, tmp_path):
     assert by_name["ld_r"]["value"] > 0.93
     assert by_name["exact_copies"]["value"] == 0
     assert (tmp_path / "evaluation" / "provenance.json").is_file()
+    assert (tmp_path / "evaluation" / "report.html").read_text().count("<svg") >= 4
 
     audited = good(
         "audit", "--train", train, "--holdout", holdout, "--synthetic", synthetic, "--out", tmp_path / "audit"

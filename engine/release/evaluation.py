@@ -1,0 +1,93 @@
+"""Evaluations as pages for people: the sections of a report, and the report that `engine ... evaluate --out` leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import provenance
+from engine.audit.findings import Finding
+from engine.release.report import Section, write_report
+
+SCANS = (
+    "Middle slices in three planes, real above synthetic. Distances are given beside the same distance between two sets of"
+    " real scans of other people."
+)
+GENOTYPES = (
+    "Allele frequencies match for almost any generator and are no evidence of quality; linkage, principal components and"
+    " the longest stretches shared with the training people are."
+)
+
+
+def scan_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Scans") -> Section:
+    """Montages by plane (planes differ in shape), the intensity histogram, shape components, and the findings.
+
+    Args:
+        findings, figures: of `engine.imaging.evaluate.evaluate`.
+    """
+    drawn: dict[str, Any] = {}
+    for plane in ("axial", "coronal", "sagittal"):
+        rows = [np.stack(list(figures["montage"][side][plane])) for side in ("real", "synthetic")]
+        shown = min(len(row) for row in rows)
+        drawn[f"montage_{plane}"] = {
+            "kind": "montage",
+            "tiles": np.stack([row[:shown] for row in rows]),
+            "title": f"{plane.capitalize()} slices",
+            "caption": "Upper row: real. Lower row: synthetic.",
+        }
+    centre = np.asarray(figures["intensity"]["bin"])
+    half = (centre[1] - centre[0]) / 2
+    drawn["histogram_intensity"] = {
+        "edges": np.append(centre - half, centre[-1] + half),
+        "real": figures["intensity"]["real"],
+        "synthetic": figures["intensity"]["synthetic"],
+        "x_label": "intensity, scaled to 0..1",
+        "log": True,
+        "title": "Voxel intensities",
+    }
+    shape = {side: np.asarray(figures["pca"][side]) for side in ("real", "synthetic")}
+    drawn["scatter_shape"] = {
+        "series": {side: {"x": xy[:, 0], "y": xy[:, 1]} for side, xy in shape.items()},
+        "x_label": "shape component 1",
+        "y_label": "shape component 2",
+        "title": "Shape features",
+    }
+    return Section(title, SCANS, findings, drawn)
+
+
+def genotype_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Genotypes") -> Section:
+    """PCA, LD decay, spectrum and frequencies, and the findings of `engine.genomics.evaluate.evaluate`."""
+    drawn = {name: figures[name] for name in ("pca", "ld_decay", "sfs", "af") if name in figures}
+    return Section(title, GENOTYPES, findings, drawn)
+
+
+def write_evaluation(folder: Path, section: Section, tiles: Sequence[str], seed: int) -> Path:
+    """`report.html` in `folder`: one section, the findings named in `tiles` on top.
+
+    An evaluation describes; whether data may leave is the audit's word, so the report carries no verdict.
+    """
+    by_name = {finding.name: finding for finding in section.findings}
+    return write_report(
+        folder / "report.html",
+        title=f"Evaluation of synthetic {section.title.lower()}",
+        subtitle="How near to real, beside how near real is to real. Whether it may be released is the audit's word.",
+        verdict="none",
+        summary=[by_name[name] for name in tiles if name in by_name],
+        sections=[section],
+        facts={"commit": provenance.commit()["commit"], "seed": seed},
+    )
+
+
+def scan_report(folder: Path, evaluation: Any, seed: int) -> Path:
+    """Report of an imaging evaluation, for `engine.imaging.commands.evaluate_command(report=...)`."""
+    tiles = ("frechet_shape", "frechet_texture", "kid_shape", "intensity_w1")
+    return write_evaluation(folder, scan_section(evaluation.findings, evaluation.figures), tiles, seed)
+
+
+def genotype_report(folder: Path, evaluation: Any, seed: int) -> Path:
+    """Report of a genomics evaluation, for `engine.genomics.commands.evaluate_command(report=...)`."""
+    tiles = ("ld_r", "three_point_r", "pca_w1", "aats_test", "aats_train", "longest_run_bp")
+    return write_evaluation(folder, genotype_section(evaluation.findings, evaluation.figures), tiles, seed)
