@@ -381,9 +381,9 @@ def _truth_figures(figures: dict[str, Any]) -> dict[str, Any]:
         drawn["scatter_ventricle"] = {
             "series": series,
             "x_label": "age (years)",
-            "y_label": "lateral ventricles, measured in the image (ml)",
+            "y_label": "lateral ventricles (ml)",
             "title": "Ventricle volume against age",
-            "caption": "Built into the cohort: ventricles grow with age and are larger with AD.",
+            "caption": "Measured in the images. Built into the cohort: ventricles grow with age and are larger with AD.",
         }
     gwas = figures.get("gwas")
     if gwas:

@@ -46,6 +46,10 @@ class Condition:
         continuous = self.continuous_bk.masked_fill(drop_continuous_bk, math.nan)
         return Condition(self.spacing_b3, continuous, self.categorical_bk.masked_fill(drop_categorical_bk, -1))
 
+    def blurred(self, noise_bk: Tensor) -> Condition:
+        """The same with `noise_bk` added to the continuous covariates; what is not given stays so."""
+        return Condition(self.spacing_b3, self.continuous_bk + noise_bk, self.categorical_bk)
+
     def unguided(self) -> Condition:
         """The same without any covariate; spacing stays, because geometry is never guessed."""
         return self.dropped(torch.ones_like(self.continuous_bk, dtype=torch.bool), self.categorical_bk >= -1)

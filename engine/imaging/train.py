@@ -245,13 +245,13 @@ def _train_flow(
         if ended:
             break
         positions, indices = run.batch(budget, "flow", clock.step, len(latents.mean_vbcdhw[0]))
-        x0, noise, t, drop_continuous, drop_categorical = _flow_draws(config, latents, given, positions, indices)
+        x0, noise, t, blur, drop_continuous, drop_categorical = _flow_draws(config, latents, given, positions, indices)
         rate = clock.set_rate(optimizer)
         if budget.dropout:
             torch.manual_seed(seeding.derived_seed(config.seed, "imaging.dropout", positions[0]))
         x0, noise, t = x0.to(device), noise.to(device), t.to(device)
         wanted = given.rows(torch.tensor(indices, device=device))
-        wanted = wanted.dropped(drop_continuous.to(device), drop_categorical.to(device))
+        wanted = wanted.blurred(blur.to(device)).dropped(drop_continuous.to(device), drop_categorical.to(device))
         with run.autocast():
             velocity = model(interpolate(x0, noise, t), t, wanted)
         loss = (velocity - velocity_target(x0, noise)).square().mean()
@@ -264,14 +264,15 @@ def _train_flow(
 
 def _flow_draws(
     config: ImagingConfig, latents: Latents, given: Condition, positions: list[int], indices: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What training draws for the samples at `positions`: a latent redrawn from its posterior, noise, time, dropped
-    covariates.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What training draws for the samples at `positions`: a latent redrawn from its posterior, noise, time, what is
+    added to continuous covariates, and which covariates are dropped.
 
     All covariates are dropped together with probability `condition_drop` (what guidance needs), and in the rest each
     one by itself with the same probability (what a user who gives only some of them needs).
     """
-    x0, noise, normal, drops = [], [], [], []
+    x0, noise, normal, drops, blurs = [], [], [], [], []
+    split = given.continuous_bk.shape[1]
     covariates = given.continuous_bk.shape[1] + given.categorical_bk.shape[1]
     shape = latents.mean_vbcdhw.shape[2:]
     for position, index in zip(positions, indices):
@@ -283,11 +284,12 @@ def _flow_draws(
         normal.append(draw.standard_normal())
         everything = draw.random() < config.flow.condition_drop
         drops.append(torch.from_numpy(draw.random(covariates) < config.flow.condition_drop) | bool(everything))
+        blurs.append(torch.from_numpy(draw.standard_normal(split, dtype=np.float32)))
     t_b = training_times(torch.tensor(normal, dtype=torch.float32), config.flow.time_shift)
     drop = torch.stack(drops)
-    split = given.continuous_bk.shape[1]
+    blur = config.flow.condition_noise * torch.stack(blurs)
     standardised = latents.standardise(torch.stack(x0))
-    return standardised, torch.stack(noise), t_b, drop[:, :split], drop[:, split:]
+    return standardised, torch.stack(noise), t_b, blur, drop[:, :split], drop[:, split:]
 
 
 def _new_denoiser(config: ImagingConfig, covariates: list[Covariate]) -> Denoiser:

@@ -60,7 +60,18 @@ def scan_section(findings: Sequence[Finding], figures: Mapping[str, Any], title:
 
 def genotype_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Genotypes") -> Section:
     """PCA, LD decay, spectrum and frequencies, and the findings of `engine.genomics.evaluate.evaluate`."""
-    drawn = {name: figures[name] for name in ("pca", "ld_decay", "sfs", "af") if name in figures}
+    drawn: dict[str, Any] = {name: figures[name] for name in ("pca", "ld_decay") if name in figures}
+    minor = {side: np.minimum(f, 1 - f) for side in ("real", "synthetic") if len(f := np.asarray(figures["af"][side]))}
+    edges = np.array([0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
+    drawn["histogram_spectrum"] = {
+        "edges": np.arange(len(edges)),  # bins of equal width on the page; their names are in the caption
+        "shares": {side: np.histogram(frequency, edges)[0] / len(frequency) for side, frequency in minor.items()},
+        "x_label": "bin of minor allele frequency",
+        "y_label": "share of sites",
+        "title": "Folded site-frequency spectrum",
+        "caption": "Bins from rare to common, edges " + ", ".join(f"{edge:g}" for edge in edges) + ".",
+    }
+    drawn["af"] = figures["af"]
     return Section(title, GENOTYPES, findings, drawn)
 
 
