@@ -89,3 +89,18 @@ def test_a_copy_has_distance_exactly_zero():
     assert (distance[:, 0] == 0).all()
     assert (index[:, 0] == np.arange(40)[::-1]).all()
     assert (distance[:, 1] > 0).all()
+
+
+def test_second_visits_do_not_read_as_leakage() -> None:
+    """Two near-equal visits of everybody; the training side is larger, so that a draw from it splits more pairs."""
+    rng = np.random.default_rng(3)
+
+    def visits(people: int, name: str) -> Pool:
+        first = rng.standard_normal((people, 6))
+        rows = np.repeat(first, 2, axis=0) + 0.01 * rng.standard_normal((2 * people, 6))
+        return Pool("features", rows.astype(np.float32), np.repeat([f"{name}{i}" for i in range(people)], 2))
+
+    test, same, loss = privacy_loss(visits(300, "t"), visits(60, "h"), visits(60, "s"))
+    assert abs(test.value - 0.5) < 0.12
+    assert abs(same.value - 0.5) < 0.12
+    assert abs(loss.value) < 0.1
