@@ -103,12 +103,18 @@ class FlowConfig(Budget):
     widths: list[int] = Field([64, 128, 192], min_length=1)
     blocks: int = Field(1, ge=1)
     attention_levels: list[int] = Field(default_factory=lambda: [1, 2])
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto",
+        description="auto: xformers on a GPU where it is installed, else PyTorch's; a named one is never replaced",
+    )
     embedding_width: int = Field(256, ge=8)
     dropout: float = Field(0.0, ge=0, lt=1)
     ema_decay: float = Field(0.999, gt=0, lt=1)
     condition_drop: float = Field(0.15, ge=0, le=1, description="each covariate is dropped with this probability")
     condition_noise: float = Field(
-        0.1, ge=0, description="blurs continuous covariates in training, in standard deviations: an exact age names a person"
+        0.1,
+        ge=0,
+        description="blurs continuous covariates in training, in standard deviations: an exact age names a person",
     )
     time_shift: float = Field(1.0, gt=0, description="> 1 spends more of training and sampling near noise")
     views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")

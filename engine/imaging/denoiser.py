@@ -8,6 +8,7 @@ sizes rounding up, and the way back takes the size of the skip connection.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import Unsupported
 from engine.imaging.autoencoder import group_norm
 from engine.imaging.config import FlowConfig
 
@@ -112,11 +114,34 @@ class Block(nn.Module):
         return self.skip(x_bcdhw) + h
 
 
-class Attention(nn.Module):
-    """Self-attention over all positions of a level, through PyTorch's scaled_dot_product_attention."""
+def attend(q_bnhc: Tensor, k_bnhc: Tensor, v_bnhc: Tensor, backend: str = "auto") -> Tensor:
+    """Softmax attention, softmax(q k / sqrt(c)) v per head, by one of two libraries; (b, n, heads, c) in and out.
 
-    def __init__(self, channels: int, head_channels: int = 32) -> None:
+    Args:
+        backend: "sdpa" (PyTorch's scaled_dot_product_attention), "xformers" (memory_efficient_attention, CUDA only), or
+            "auto": xformers for CUDA tensors where it is installed, else sdpa.
+
+    Raises:
+        Unsupported: "xformers" was named and is not installed or the tensors are not on a CUDA device.
+    """
+    usable = q_bnhc.is_cuda and importlib.util.find_spec("xformers") is not None
+    if backend == "xformers" and not usable:
+        got = f"tensors on {q_bnhc.device.type}" if not q_bnhc.is_cuda else "no package of that name"
+        raise Unsupported("xformers and CUDA tensors", got, "flow.attention=xformers", "flow.attention=auto")
+    if usable and backend != "sdpa":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q_bnhc, k_bnhc, v_bnhc)
+    heads_first = (x.transpose(1, 2) for x in (q_bnhc, k_bnhc, v_bnhc))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of a level; `backend` as in `attend`."""
+
+    def __init__(self, channels: int, head_channels: int = 32, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.heads = max(1, channels // head_channels)
         self.norm, self.qkv = group_norm(channels), nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
@@ -125,8 +150,8 @@ class Attention(nn.Module):
     def forward(self, x_bcdhw: Tensor) -> Tensor:
         b, c = x_bcdhw.shape[:2]
         tokens = self.norm(x_bcdhw).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, c)
+        q, k, v = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).unbind(2)
+        mixed = attend(q, k, v, self.backend).reshape(b, -1, c)
         return x_bcdhw + self.out(mixed).transpose(1, 2).reshape(x_bcdhw.shape)
 
 
@@ -147,7 +172,9 @@ class Denoiser(nn.Module):
         self.first = nn.Conv3d(latent_channels, widths[0], 3, padding=1)
 
         def attention(level: int) -> nn.Module:
-            return Attention(widths[level]) if level in config.attention_levels else nn.Identity()
+            if level not in config.attention_levels:
+                return nn.Identity()
+            return Attention(widths[level], backend=config.attention)
 
         self.down, self.down_attention, self.shrink = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):

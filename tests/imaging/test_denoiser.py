@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from engine.errors import Unsupported
 from engine.imaging.config import FlowConfig
 from engine.imaging.denoiser import Attention, Condition, Denoiser, sinusoids
 
@@ -95,6 +96,42 @@ def test_attention_is_softmax_attention():
     )
     expected = x + layer.out(mixed).transpose(1, 2).reshape(x.shape)
     assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_a_named_attention_backend_is_never_replaced():
+    layer = Attention(16, head_channels=8, backend="xformers")
+    with pytest.raises(Unsupported, match="xformers"):
+        layer(torch.randn(1, 16, 2, 2, 2))
+
+
+def test_xformers_is_called_where_it_can_be(monkeypatch):
+    """The layout it expects is (b, n, heads, c): a stand-in with that contract must give PyTorch's numbers."""
+    import sys
+    import types
+
+    from engine.imaging import denoiser
+
+    called = []
+
+    def memory_efficient_attention(q, k, v):
+        called.append(q.shape)
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhnm,bmhc->bnhc", weights.softmax(-1), v)
+
+    stand_in = types.ModuleType("xformers.ops")
+    stand_in.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", stand_in)
+    monkeypatch.setattr(denoiser.importlib.util, "find_spec", lambda name: object())
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    q, k, v = torch.randn(3, 2, 7, 2, 8).unbind(0)
+    by_torch = denoiser.attend(q, k, v, "sdpa")
+    by_xformers = denoiser.attend(q.as_subclass(OnGpu), k, v, "auto")
+    assert called == [(2, 7, 2, 8)]
+    assert torch.allclose(by_torch, by_xformers.as_subclass(torch.Tensor), atol=1e-5)
 
 
 def test_sinusoids_tell_close_times_apart():
