@@ -132,8 +132,8 @@ def attend(q_bnhc: Tensor, k_bnhc: Tensor, v_bnhc: Tensor, backend: str = "auto"
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q_bnhc, k_bnhc, v_bnhc)
-    heads_first = (x.transpose(1, 2) for x in (q_bnhc, k_bnhc, v_bnhc))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q_bhnc, k_bhnc, v_bhnc = q_bnhc.transpose(1, 2), k_bnhc.transpose(1, 2), v_bnhc.transpose(1, 2)
+    return F.scaled_dot_product_attention(q_bhnc, k_bhnc, v_bhnc).transpose(1, 2)
 
 
 class Attention(nn.Module):
