@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine import __version__
+from engine import __version__, provenance
 from engine.atomic import atomic_folder, write_json, write_text
 from engine.audit.protocol import SCHEMA as AUDIT_SCHEMA
 from engine.audit.protocol import hash_files
@@ -110,6 +110,7 @@ def release(
         }
         write_json(partial / "manifest.json", manifest)
         write_text(partial / "DATA_CARD.md", _card(manifest))
+        provenance.write(partial, "release", inputs=[audit_path], synthetic=True)
         _refuse_forbidden(partial, words)
         listed = hash_files(partial)
         write_text(partial / "SHA256SUMS", "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in listed))

@@ -40,7 +40,7 @@ def test_release_of_audited_bytes(tmp_path, source):
     out = tmp_path / "out"
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {
-        "data/sub-1/t1.nii.gz", "data/participants.tsv", "manifest.json", "DATA_CARD.md", "SHA256SUMS",
+        "data/sub-1/t1.nii.gz", "data/participants.tsv", "manifest.json", "DATA_CARD.md", "SHA256SUMS", "provenance.json",
     }  # fmt: skip
     assert (out / "data/sub-1/t1.nii.gz").read_bytes() == (source / "sub-1/t1.nii.gz").read_bytes()
     assert json.loads((out / "manifest.json").read_text()) == manifest
@@ -51,7 +51,7 @@ def test_release_of_audited_bytes(tmp_path, source):
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-    assert len((out / "SHA256SUMS").read_text().splitlines()) == 4
+    assert len((out / "SHA256SUMS").read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("verdict", ["fail", "void"])
