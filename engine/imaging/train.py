@@ -15,6 +15,7 @@ uninterrupted one bit for bit; a budget in minutes depends on the clock, and the
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +64,20 @@ def train(
     out = Path(out)
     accelerator = Accelerator()
     config = _resolved(config, accelerator.device)
+    rows = [row for row in read_table(data_csv, config.data) if row.train]
+    covariates = learn_covariates(rows, config.data, data_csv)
     if accelerator.is_main_process:
         _open_run(out, config, resume)
     accelerator.wait_for_everyone()
     log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress)
     with preemption.watch() as flag:
-        rows = [row for row in read_table(data_csv, config.data) if row.train]
-        covariates = learn_covariates(rows, config.data, data_csv)
-        with accelerator.main_process_first():  # the others find the cache
-            scans = load_scans(rows, config, out / "cache")
+        try:
+            with accelerator.main_process_first():  # the others find the cache
+                scans = load_scans(rows, config, out / "cache")
+        except EngineError:
+            if accelerator.is_main_process and not resume:
+                shutil.rmtree(out)  # nothing was learned yet: a scan that cannot be used leaves no half-made run
+            raise
         run = _Run(config, out, accelerator, flag, log, {})
         log.event(
             "data", scans=len(rows), people=len({r.subject for r in rows}), size="x".join(map(str, config.data.size))
