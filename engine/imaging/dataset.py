@@ -256,6 +256,21 @@ def fit_volume(volume: Volume, config: DataConfig) -> Volume:
     return crop_or_pad(_reflected(volume, config.size), config.size, fill=-1.0)
 
 
+def common_grid(volumes: Sequence[Volume], where: str) -> DataConfig:
+    """The grid, spacing and intensity scale of `volumes` (the synthetic side), to which every side is brought before it
+    is compared.
+
+    Raises:
+        InputError: the volumes do not share one shape.
+    """
+    shapes = sorted({volume.shape_dhw for volume in volumes})
+    if len(shapes) != 1:
+        raise InputError("synthetic volumes of one shape", f"{len(shapes)} shapes", where)
+    modality = "CT" if volumes[0].units == "HU" else "MR"
+    spacing = [float(s) for s in volumes[0].spacing_mm]
+    return DataConfig.model_validate({"size": shapes[0], "spacing_mm": spacing, "modality": modality})
+
+
 def _reflected(volume: Volume, size: Sequence[int]) -> Volume:
     """`volume` extended by reflection to at least `size`, as far as one reflection reaches, affine moved along."""
     missing = [max(0, m - n) for n, m in zip(volume.array_cdhw.shape[1:], size)]

@@ -25,7 +25,7 @@ from engine import seeding
 from engine.audit.findings import Finding
 from engine.errors import InputError
 from engine.imaging.config import DataConfig
-from engine.imaging.dataset import fit_volume
+from engine.imaging.dataset import common_grid, fit_volume
 from engine.imaging.volume import Volume
 
 GROUPS = 10
@@ -281,15 +281,10 @@ def montage_image(figures: dict[str, Any]) -> np.ndarray:
 def _common_grid(real: Sequence[Volume], synthetic: Sequence[Volume]) -> DataConfig:
     if not real or not synthetic:
         raise InputError("volumes on both sides", f"{len(real)} real, {len(synthetic)} synthetic", "evaluate")
-    shapes = {v.array_cdhw.shape[1:] for v in synthetic}
-    if len(shapes) != 1:
-        raise InputError("synthetic volumes of one shape", f"{len(shapes)} shapes", "evaluate")
-    size = shapes.pop()
-    modality = "CT" if synthetic[0].units == "HU" else "MR"
-    if (real[0].units == "HU") != (modality == "CT"):
+    grid = common_grid(synthetic, "evaluate")
+    if (real[0].units == "HU") != (grid.modality == "CT"):
         raise InputError(f"real volumes in the synthetic ones' units ({synthetic[0].units})", real[0].units, "evaluate")
-    spacing = [float(s) for s in synthetic[0].spacing_mm]
-    return DataConfig.model_validate({"size": size, "spacing_mm": spacing, "modality": modality})
+    return grid
 
 
 def _sides(persons: Sequence[str], seed: int, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,30 +12,13 @@ import numpy as np
 
 from engine import seeding
 from engine.audit.pools import Pool
-from engine.errors import InputError
 from engine.imaging.commands import read_folder
-from engine.imaging.config import DataConfig
-from engine.imaging.dataset import fit_volume
+from engine.imaging.dataset import common_grid, fit_volume
 from engine.imaging.embedding import embed, transforms
 from engine.imaging.volume import Volume
 
 CONTROL_SCANS = 60
 Progress = Callable[[str, int, int], None]
-
-
-def common_grid(volumes: Sequence[Volume]) -> DataConfig:
-    """The grid, spacing and intensity scale of the synthetic side, to which every side is brought before comparing.
-
-    Raises:
-        InputError: the synthetic volumes do not share one shape.
-    """
-    shapes = sorted({volume.shape_dhw for volume in volumes})
-    if len(shapes) != 1:
-        raise InputError("synthetic volumes of one shape", f"{len(shapes)} shapes", "audit")
-    modality = "CT" if volumes[0].units == "HU" else "MR"
-    return DataConfig.model_validate(
-        {"size": shapes[0], "spacing_mm": [float(s) for s in volumes[0].spacing_mm], "modality": modality}
-    )
 
 
 def _mirrored(volume: Volume) -> Volume:
@@ -64,7 +47,7 @@ def audit_pools(
         read[name] = read_folder(path)
         if progress is not None:
             progress("reading scans", done + 1, len(sides))
-    grid = common_grid(read["synthetic"][0])
+    grid = common_grid(read["synthetic"][0], "audit")
     fitted = {name: [fit_volume(volume, grid) for volume in volumes] for name, (volumes, _) in read.items()}
     pools = {name: scan_pool(fitted[name], read[name][1]) for name in sides}
 

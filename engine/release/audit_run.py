@@ -190,12 +190,11 @@ def nearest_table(
         sides = [haplotype_pool(panel.select(sites=site_l)) for panel, site_l in zip(panels, chosen, strict=True)]
     else:
         from engine.imaging.commands import read_folder
-        from engine.imaging.dataset import fit_volume
+        from engine.imaging.dataset import common_grid, fit_volume
         from engine.imaging.embedding import embed
-        from engine.imaging.pools import common_grid
 
         read = [read_folder(query), read_folder(database)]
-        grid = common_grid(read[0][0])
+        grid = common_grid(read[0][0], "nearest")
         sides = [
             Pool("features", embed([fit_volume(v, grid) for v in volumes]), np.array(persons, dtype=str))
             for volumes, persons in read
