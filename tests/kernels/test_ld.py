@@ -239,13 +239,14 @@ def test_avx2_path_is_right_and_compiled_functions_are_cached(tmp_path):
 import json
 import numpy as np
 from engine.kernels import ld
+from engine.kernels.bits import tiles
 from engine.kernels.ld import numba_cpu
 bits = np.random.default_rng(0).integers(0, 2**64, (70, 3), dtype=np.uint64)
 got = ld.r2(bits, 131)
 assert np.array_equal(got, ld.r2(bits, 131, implementation="reference"), equal_nan=True)
-code = "".join(numba_cpu._tile.inspect_asm().values()) if not numba_cpu._tile.stats.cache_hits else ""
+code = "".join(tiles.and_tile.inspect_asm().values()) if not tiles.and_tile.stats.cache_hits else ""
 tile = numba_cpu._r2_triangle.stats
-print(json.dumps([numba_cpu._WIDE, "zmm" in code, "ymm" in code, sum(tile.cache_hits.values())]))
+print(json.dumps([tiles.WIDE, "zmm" in code, "ymm" in code, sum(tile.cache_hits.values())]))
 """
     variables = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     if not numba.core.codegen.get_host_cpu_features().count("+avx2"):
@@ -314,7 +315,6 @@ def test_triton_compiles_ahead_of_time():
             {"BLOCK": 32, "STEP": 32},
             4,
         ),
-        ("count_kernel", {"words_ptr": "*i32", "count_ptr": "*fp64", "words": "i32"}, {"BLOCK": 256}, 4),
     ]
     jobs = [
         {"module": "engine.kernels.ld.triton_gpu", "kernel": kernel, "signature": signature, "constexprs": constexprs}
@@ -323,7 +323,7 @@ def test_triton_compiles_ahead_of_time():
         for kernel, signature, constexprs, warps in kernels
     ]
     results = compile_jobs(jobs)
-    assert len(results) == 12
+    assert len(results) == 9
     for result in results:
         assert "error" not in result, result
         product = {80: "mma.sync", 90: "wgmma.mma_async", "gfx942": "mfma"}[result["arch"]]

@@ -1,9 +1,4 @@
-"""Linkage disequilibrium on the CPU: AND and popcount over 64-bit words in register tiles, r2 from the counts at once.
-
-Sites are regrouped in blocks of 32, the words of a block interleaved ([block, word, site]), so that one vector holds the same
-word of 8 (AVX-512) or 4 (AVX2) neighbouring sites and a lane never needs a horizontal sum. A register tile counts
-4 x 32 (or 2 x 16) pairs in one pass over the words. The tile is written as LLVM IR with generic vectors: `llvm.ctpop` becomes
-`vpopcntq` where the processor has it and a byte shuffle elsewhere.
+"""Linkage disequilibrium on the CPU: AND and popcount in register tiles (`bits.tiles`), r2 from the counts at once.
 
 What a sink does with the counts of a 32 x 32 tile (matrix, histogram) is ordinary Numba below the tile.
 Work is shared by block rows, i together with the last but i, and every sum is made in an order that no thread count changes.
@@ -11,23 +6,13 @@ Work is shared by block rows, i together with the last but i, and every sum is m
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
 
-_BLOCK = 32
-_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
-_WIDE = "+avx512vpopcntdq" in _FEATURES
-_LANES, _ROWS, _VECTORS = (8, 4, 4) if _WIDE else (4, 2, 4)  # accumulators: 16 of 32 or 8 of 16 registers
-_COLUMNS = _LANES * _VECTORS
+from engine.kernels.bits.tiles import BLOCK as _BLOCK
+from engine.kernels.bits.tiles import and_tile, ctpop, interleaved
+
 _GROUP = 4  # block rows whose mirror images are written together: lines of 512 bytes, not 128
-_WORDS_AT_ONCE = 1024  # a block of 32 sites is then 256 KiB, which a second-level cache holds
 
 
 def r2(bits_lw: np.ndarray, n: int, other_mw: np.ndarray | None = None) -> np.ndarray:
@@ -80,104 +65,10 @@ def _masked(bits_lw: np.ndarray, n: int) -> np.ndarray:
 def _prepare(bits_lw: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Interleaved words (blocks, W, 32), ALT counts and reciprocal variances (blocks * 32,), float64, NaN where monomorphic."""
     bits_lw = _masked(bits_lw, n)
-    blocks, words = -(-len(bits_lw) // _BLOCK), bits_lw.shape[1]
-    storage = np.empty(blocks * words * _BLOCK + 8, dtype=np.uint64)
-    start = (-storage.ctypes.data % 64) // 8  # vectors must not straddle cache lines
-    packed = storage[start : start + blocks * words * _BLOCK].reshape(blocks, words, _BLOCK)
-    count_l, reciprocal_l = np.zeros(blocks * _BLOCK), np.full(blocks * _BLOCK, np.nan)
-    if blocks:
-        _moments(bits_lw, n, count_l, reciprocal_l)
-        _interleave(bits_lw, packed)
+    packed = interleaved(bits_lw)
+    count_l, reciprocal_l = np.zeros(len(packed) * _BLOCK), np.full(len(packed) * _BLOCK, np.nan)
+    _moments(bits_lw, n, count_l, reciprocal_l)
     return packed, count_l, reciprocal_l
-
-
-@intrinsic
-def _ctpop(typingctx: Any, value: Any) -> Any:
-    """Number of ones in a uint64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.uint64(types.uint64), codegen
-
-
-@intrinsic
-def _and_count(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any, words: Any, counts: Any, at: Any) -> Any:
-    """counts[r * 32 + c] += sum over words w of popcount(a[w, r] & b[w, c]) for r < _ROWS, c < _COLUMNS.
-
-    `a`, `b`: interleaved uint64 words, from elements `a_at`, `b_at`; `counts`: int32, from element `at`.
-    """
-    integer = types.intp
-    signature = types.void(a, integer, b, integer, integer, counts, integer)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, count, index = ir.IntType(64), ir.IntType(32), ir.IntType(64)
-        vector, narrow = ir.VectorType(word, _LANES), ir.VectorType(count, _LANES)
-        a_ptr, b_ptr, out = (
-            builder.gep(context.make_array(signature.args[k])(context, builder, args[k]).data, [args[k + 1]])
-            for k in (0, 2, 5)
-        )
-        popcount = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector]), f"llvm.ctpop.v{_LANES}i64"
-        )
-        lanes = ir.Constant(ir.VectorType(count, _LANES), [0] * _LANES)
-
-        def place(r: int, v: int) -> Any:
-            at = ir.Constant(index, r * _BLOCK + v * _LANES)
-            return builder.bitcast(builder.gep(out, [at]), narrow.as_pointer())
-
-        cells = [(r, v) for r in range(_ROWS) for v in range(_VECTORS)]
-        before = [builder.zext(builder.load(place(r, v), align=4), vector) for r, v in cells]
-        entry = builder.block
-        head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
-        builder.branch(head)
-
-        builder.position_at_end(head)
-        w = builder.phi(index)
-        w.add_incoming(ir.Constant(index, 0), entry)
-        sums = [builder.phi(vector) for _ in cells]
-        for total, start in zip(sums, before, strict=True):
-            total.add_incoming(start, entry)
-        builder.cbranch(builder.icmp_signed("<", w, args[4]), body, done)
-
-        builder.position_at_end(body)
-        row = builder.mul(w, ir.Constant(index, _BLOCK))
-        columns = []
-        for v in range(_VECTORS):
-            at = builder.gep(b_ptr, [builder.add(row, ir.Constant(index, v * _LANES))])
-            columns.append(builder.load(builder.bitcast(at, vector.as_pointer()), align=8))
-        after = []
-        for r in range(_ROWS):
-            one = builder.load(builder.gep(a_ptr, [builder.add(row, ir.Constant(index, r))]), align=8)
-            single = builder.insert_element(ir.Constant(vector, ir.Undefined), one, ir.Constant(count, 0))
-            same = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), lanes)
-            for v in range(_VECTORS):
-                ones = builder.call(popcount, [builder.and_(same, columns[v])])
-                after.append(builder.add(sums[r * _VECTORS + v], ones))
-        for total, value in zip(sums, after, strict=True):
-            total.add_incoming(value, body)
-        w.add_incoming(builder.add(w, ir.Constant(index, 1)), body)
-        builder.branch(head)
-
-        builder.position_at_end(done)
-        for (r, v), total in zip(cells, sums, strict=True):
-            builder.store(builder.trunc(total, narrow), place(r, v), align=4)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@numba.njit(cache=True, nogil=True)
-def _tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.ndarray) -> None:
-    """counts int32 (1024,): pair counts of block i of `packed` with block j of `other`, row by row."""
-    words = packed.shape[1]
-    counts[:] = 0
-    for begin in range(0, words, _WORDS_AT_ONCE):
-        length = min(_WORDS_AT_ONCE, words - begin)
-        a_at, b_at = (i * words + begin) * _BLOCK, (j * words + begin) * _BLOCK
-        for r in range(0, _BLOCK, _ROWS):
-            for c in range(0, _BLOCK, _COLUMNS):
-                _and_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)  # type: ignore[call-arg]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -218,7 +109,7 @@ def _triangle_row(
         j0 = j * _BLOCK
         for i in range(first, last):
             i0 = i * _BLOCK
-            _tile(packed, i, packed, j, counts)
+            and_tile(packed, i, packed, j, counts)
             _r2_tile(counts, count_l[i0:], reciprocal_l[i0:], count_l[j0:], reciprocal_l[j0:], n, values)
             _write(values, out, i0, j0)
             for c in range(_BLOCK):
@@ -253,7 +144,7 @@ def _rectangle_row(
     i0 = i * _BLOCK
     for j in range(other.shape[0]):
         j0 = j * _BLOCK
-        _tile(packed, i, other, j, counts)
+        and_tile(packed, i, other, j, counts)
         _r2_tile(counts, count_l[i0:], reciprocal_l[i0:], count_m[j0:], reciprocal_m[j0:], n, values)
         _write(values, out, i0, j0)
 
@@ -296,7 +187,7 @@ def _decay_row(
             continue
         if position_bp[j0] - position_bp[i1 - 1] >= edges_bp[bins]:
             break
-        _tile(packed, i, packed, j, counts)
+        and_tile(packed, i, packed, j, counts)
         _r2_tile(counts, count_l[i0:], reciprocal_l[i0:], count_l[j0:], reciprocal_l[j0:], n, values)
         for r in range(i1 - i0):
             b = bin_r[r]
@@ -340,20 +231,11 @@ def _moments(bits_lw: np.ndarray, n: int, count_l: np.ndarray, reciprocal_l: np.
     for site in range(bits_lw.shape[0]):
         total = np.uint64(0)
         for w in range(bits_lw.shape[1]):
-            total += _ctpop(bits_lw[site, w])  # type: ignore[call-arg]
+            total += ctpop(bits_lw[site, w])  # type: ignore[call-arg]
         count = np.float64(total)
         variance = count * (n - count)
         count_l[site] = count
         reciprocal_l[site] = 1.0 / variance if variance > 0 else np.nan
-
-
-@numba.njit(cache=True, nogil=True)
-def _interleave(bits_lw: np.ndarray, packed: np.ndarray) -> None:
-    for block in range(packed.shape[0]):
-        for r in range(_BLOCK):
-            site = block * _BLOCK + r
-            for w in range(packed.shape[1]):
-                packed[block, w, r] = bits_lw[site, w] if site < bits_lw.shape[0] else np.uint64(0)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -370,6 +252,6 @@ def _r2_pairs(
         a, b = i[p], j[p]
         both = np.uint64(0)
         for w in range(bits_lw.shape[1]):
-            both += _ctpop(bits_lw[a, w] & bits_lw[b, w])  # type: ignore[call-arg]
+            both += ctpop(bits_lw[a, w] & bits_lw[b, w])  # type: ignore[call-arg]
         x = n * np.float64(both) - count_l[a] * count_l[b]
         out[p] = (x * reciprocal_l[a]) * (x * reciprocal_l[b])

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from engine.kernels.bits.triton_tiles import count_ones, popcount, spread
+
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 _BLOCK = 32 if INTERPRETED else 128  # sites along each side of a tile
 _STEP = 4  # 32-bit words per step: an inner axis of 128 for the tensor cores
@@ -67,31 +69,9 @@ def _prepare(bits_lw: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor,
         bits_lw = bits_lw.clone()
         bits_lw[:, -1] &= (1 << (n % 64)) - 1
     words_lv = bits_lw.reshape(-1).view(torch.int32).reshape(len(bits_lw), 2 * bits_lw.shape[1])
-    count_l = torch.empty(len(words_lv), dtype=torch.float64, device=bits_lw.device)
-    if len(words_lv):
-        count_kernel[(len(words_lv),)](words_lv, count_l, words_lv.shape[1], BLOCK=256)
+    count_l = count_ones(words_lv).to(torch.float64)
     variance_l = count_l * (n - count_l)
     return words_lv, count_l, torch.where(variance_l > 0, 1.0 / variance_l, torch.nan)
-
-
-@triton.jit
-def popcount(x):  # type: ignore[no-untyped-def]
-    """Ones in each int32, by shifts and masks, which the compiler recognises as `popc` (Hacker's Delight, figure 5-2)."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def spread(words_ptr, rows, inside, words, at, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int8 (BLOCK, 32 STEP) of 0 and 1 from words [at, at + STEP) of the rows; zeros outside."""
-    word = at + tl.arange(0, STEP)
-    mask = inside[:, None] & (word < words)[None, :]
-    packed = tl.load(words_ptr + rows[:, None] * words + word[None, :], mask=mask, other=0)
-    ones = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return ones.to(tl.int8).reshape(BLOCK, STEP * 32)
 
 
 @triton.jit
@@ -196,13 +176,3 @@ def pairs_kernel(  # type: ignore[no-untyped-def]
     x = both.to(tl.float64) * n - count_i * count_j
     r2 = (x * tl.load(reciprocal_ptr + i)) * (x * tl.load(reciprocal_ptr + j))
     tl.store(out_ptr + p, r2.to(tl.float32), mask=p < pairs)
-
-
-@triton.jit
-def count_kernel(words_ptr, count_ptr, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    site = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), dtype=tl.int32)
-    for at in range(0, words, BLOCK):
-        word = at + tl.arange(0, BLOCK)
-        total += popcount(tl.load(words_ptr + site * words + word, mask=word < words, other=0))
-    tl.store(count_ptr + site, tl.sum(total).to(tl.float64))

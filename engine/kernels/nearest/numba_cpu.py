@@ -1,6 +1,6 @@
 """Nearest neighbours on the CPU. The database is streamed past the queries in tiles; no distance matrix is held.
 
-Hamming: XOR and popcount in register tiles of LLVM vectors over words interleaved by 32 rows. A tile reaches the top-k
+Hamming: XOR and popcount in register tiles (`bits.tiles`). A tile reaches the top-k
 lists only through rows whose nearest column beats the worst kept.
 
 Squared distance: a float32 matrix product gives an approximation with a proven error bound, and only pairs whose lower bound
@@ -19,20 +19,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
+
+from engine.kernels.bits.tiles import BLOCK as _BLOCK
+from engine.kernels.bits.tiles import interleaved, leading_zeros, trailing_zeros, xor_tile
 
 Exclude = tuple[np.ndarray, np.ndarray] | None
 
-_BLOCK = 32
-_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
-_WIDE = "+avx512vpopcntdq" in _FEATURES
-_LANES, _ROWS, _VECTORS = (8, 4, 4) if _WIDE else (4, 2, 4)  # accumulators: 16 of 32 or 8 of 16 registers
-_COLUMNS = _LANES * _VECTORS
-_WORDS_AT_ONCE = 1024  # a block of 32 rows is then 256 KiB, which a second-level cache holds
 _FAR = np.iinfo(np.int32).max
 _QUERY_TILE, _DATABASE_TILE = 1024, 4096  # 16 MiB of products at a time
 _UNIT = 2.0**-24  # rounding unit of float32
@@ -42,7 +34,7 @@ def hamming_cross(query_nw: np.ndarray, database_mw: np.ndarray) -> np.ndarray:
     """int32 (N, M): number of differing bits."""
     out = np.empty((len(query_nw), len(database_mw)), dtype=np.int32)
     if out.size:
-        _cross(_interleaved(query_nw), _interleaved(database_mw), out)
+        _cross(interleaved(query_nw), interleaved(database_mw), out)
     return out
 
 
@@ -56,7 +48,7 @@ def hamming_topk(
     index = np.full((len(query_nw), parts, k), -1, dtype=np.int64)
     if distance.size and blocks:
         query_group, database_group = _groups(exclude)
-        query, database = _interleaved(query_nw), _interleaved(database_mw)
+        query, database = interleaved(query_nw), interleaved(database_mw)
         _topk(query, database, len(database_mw), exclude_self, query_group, database_group, distance, index)
     distance_nk, index_nk = distance.reshape(len(query_nw), parts * k), index.reshape(len(query_nw), parts * k)
     if parts > 1:  # parts are in index order, so a stable sort keeps ties right
@@ -129,132 +121,17 @@ def _groups(exclude: Exclude) -> tuple[np.ndarray, np.ndarray]:
     return exclude if exclude is not None else (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
-def _interleaved(bits_nw: np.ndarray) -> np.ndarray:
-    """Words of 32 rows side by side, (blocks, W, 32), zeros for the rows that fill the last block."""
-    blocks, words = -(-len(bits_nw) // _BLOCK), bits_nw.shape[1]
-    storage = np.empty(blocks * words * _BLOCK + 8, dtype=np.uint64)
-    start = (-storage.ctypes.data % 64) // 8  # vectors must not straddle cache lines
-    packed = storage[start : start + blocks * words * _BLOCK].reshape(blocks, words, _BLOCK)
-    if packed.size:
-        _interleave(bits_nw, packed)
-    return packed
-
-
 def _centred(rows_nd: np.ndarray, mean_d: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows less the mean, scaled, as float32; and the norms of the rounded rows, summed in float64."""
     centred = ((rows_nd - mean_d) * scale).astype(np.float32)
     return centred, np.sqrt(np.einsum("nd,nd->n", centred, centred, dtype=np.float64)).astype(np.float32)
 
 
-@intrinsic
-def _leading_zeros(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), codegen
-
-
-@intrinsic
-def _trailing_zeros(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), codegen
-
-
-@intrinsic
-def _xor_count(typingctx: Any, a: Any, a_at: Any, b: Any, b_at: Any, words: Any, counts: Any, at: Any) -> Any:
-    """counts[r * 32 + c] += sum over words w of popcount(a[w, r] ^ b[w, c]) for r < _ROWS, c < _COLUMNS.
-
-    `a`, `b`: interleaved uint64 words, from elements `a_at`, `b_at`; `counts`: int32, from element `at`.
-    """
-    integer = types.intp
-    signature = types.void(a, integer, b, integer, integer, counts, integer)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, count, index = ir.IntType(64), ir.IntType(32), ir.IntType(64)
-        vector, narrow = ir.VectorType(word, _LANES), ir.VectorType(count, _LANES)
-        a_ptr, b_ptr, out = (
-            builder.gep(context.make_array(signature.args[k])(context, builder, args[k]).data, [args[k + 1]])
-            for k in (0, 2, 5)
-        )
-        popcount = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector]), f"llvm.ctpop.v{_LANES}i64"
-        )
-        lanes = ir.Constant(ir.VectorType(count, _LANES), [0] * _LANES)
-
-        def place(r: int, v: int) -> Any:
-            at = ir.Constant(index, r * _BLOCK + v * _LANES)
-            return builder.bitcast(builder.gep(out, [at]), narrow.as_pointer())
-
-        cells = [(r, v) for r in range(_ROWS) for v in range(_VECTORS)]
-        before = [builder.zext(builder.load(place(r, v), align=4), vector) for r, v in cells]
-        entry = builder.block
-        head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
-        builder.branch(head)
-
-        builder.position_at_end(head)
-        w = builder.phi(index)
-        w.add_incoming(ir.Constant(index, 0), entry)
-        sums = [builder.phi(vector) for _ in cells]
-        for total, start in zip(sums, before, strict=True):
-            total.add_incoming(start, entry)
-        builder.cbranch(builder.icmp_signed("<", w, args[4]), body, done)
-
-        builder.position_at_end(body)
-        row = builder.mul(w, ir.Constant(index, _BLOCK))
-        columns = []
-        for v in range(_VECTORS):
-            at = builder.gep(b_ptr, [builder.add(row, ir.Constant(index, v * _LANES))])
-            columns.append(builder.load(builder.bitcast(at, vector.as_pointer()), align=8))
-        after = []
-        for r in range(_ROWS):
-            one = builder.load(builder.gep(a_ptr, [builder.add(row, ir.Constant(index, r))]), align=8)
-            single = builder.insert_element(ir.Constant(vector, ir.Undefined), one, ir.Constant(count, 0))
-            same = builder.shuffle_vector(single, ir.Constant(vector, ir.Undefined), lanes)
-            for v in range(_VECTORS):
-                ones = builder.call(popcount, [builder.xor(same, columns[v])])
-                after.append(builder.add(sums[r * _VECTORS + v], ones))
-        for total, value in zip(sums, after, strict=True):
-            total.add_incoming(value, body)
-        w.add_incoming(builder.add(w, ir.Constant(index, 1)), body)
-        builder.branch(head)
-
-        builder.position_at_end(done)
-        for (r, v), total in zip(cells, sums, strict=True):
-            builder.store(builder.trunc(total, narrow), place(r, v), align=4)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@numba.njit(cache=True, nogil=True)
-def _interleave(bits_nw: np.ndarray, packed: np.ndarray) -> None:
-    for block in range(packed.shape[0]):
-        for r in range(_BLOCK):
-            row = block * _BLOCK + r
-            for w in range(packed.shape[1]):
-                packed[block, w, r] = bits_nw[row, w] if row < bits_nw.shape[0] else np.uint64(0)
-
-
-@numba.njit(cache=True, nogil=True)
-def _tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.ndarray) -> None:
-    """counts int32 (1024,): distances of block i of `packed` to block j of `other`, row by row."""
-    words = packed.shape[1]
-    counts[:] = 0
-    for begin in range(0, words, _WORDS_AT_ONCE):
-        length = min(_WORDS_AT_ONCE, words - begin)
-        a_at, b_at = (i * words + begin) * _BLOCK, (j * words + begin) * _BLOCK
-        for r in range(0, _BLOCK, _ROWS):
-            for c in range(0, _BLOCK, _COLUMNS):
-                _xor_count(packed, a_at + r, other, b_at + c, length, counts, r * _BLOCK + c)  # type: ignore[call-arg]
-
-
 @numba.njit(cache=True, nogil=True)
 def _cross_row(query: np.ndarray, database: np.ndarray, out: np.ndarray, i: int) -> None:
     counts = np.empty(_BLOCK * _BLOCK, dtype=np.int32)
     for j in range(database.shape[0]):
-        _tile(query, i, database, j, counts)
+        xor_tile(query, i, database, j, counts)
         for r in range(min(_BLOCK, out.shape[0] - i * _BLOCK)):
             for c in range(min(_BLOCK, out.shape[1] - j * _BLOCK)):
                 out[i * _BLOCK + r, j * _BLOCK + c] = counts[r * _BLOCK + c]
@@ -301,7 +178,7 @@ def _topk_row(
     parts, k = distance.shape[1], distance.shape[2]
     blocks = database.shape[0]
     for j in range(part * blocks // parts, (part + 1) * blocks // parts):
-        _tile(query, i, database, j, counts)
+        xor_tile(query, i, database, j, counts)
         for r in range(min(_BLOCK, distance.shape[0] - i * _BLOCK)):
             n = i * _BLOCK + r
             kept = distance[n, part]
@@ -500,7 +377,7 @@ def _run_of_query(
             while end < length:
                 rest = (query_w[end >> 6] ^ database_mw[m, end >> 6]) >> np.uint64(end & 63)
                 if rest:
-                    end += np.int64(_trailing_zeros(rest))  # type: ignore[call-arg]
+                    end += np.int64(trailing_zeros(rest))  # type: ignore[call-arg]
                     break
                 end = ((end >> 6) + 1) << 6
             end = min(end, length)
@@ -509,7 +386,7 @@ def _run_of_query(
             while start >= 0:
                 rest = (query_w[start >> 6] ^ database_mw[m, start >> 6]) << np.uint64(63 - (start & 63))
                 if rest:
-                    start -= np.int64(_leading_zeros(rest))  # type: ignore[call-arg]
+                    start -= np.int64(leading_zeros(rest))  # type: ignore[call-arg]
                     break
                 start = ((start >> 6) << 6) - 1
             span_bp = position_bp[end - 1] - position_bp[start + 1]

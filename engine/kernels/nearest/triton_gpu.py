@@ -21,6 +21,7 @@ import triton.language as tl
 from triton import knobs
 
 from engine.errors import Unsupported
+from engine.kernels.bits.triton_tiles import count_ones, spread
 
 Exclude = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -139,10 +140,7 @@ def longest_run(
 def _words(bits_nw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 words (N, 2 W) and the number of ones of each row, int32."""
     words = bits_nw.reshape(-1).view(torch.int32).reshape(len(bits_nw), 2 * bits_nw.shape[1])
-    ones = torch.empty(len(words), dtype=torch.int32, device=words.device)
-    if len(words):
-        count_kernel[(len(words),)](words, ones, words.shape[1], BLOCK=256)
-    return words, ones
+    return words, count_ones(words)
 
 
 def _keys(n: int, m: int, k: int, device: torch.device, most: int = _MOST) -> tuple[torch.Tensor, int]:
@@ -181,36 +179,6 @@ def _exact(query: torch.Tensor, database: torch.Tensor, candidates: torch.Tensor
         query, database, candidates, rows, keys, candidates.shape[1], query.shape[1], BLOCK=64, enable_fp_fusion=False
     )
     return keys
-
-
-@triton.jit
-def popcount(x):  # type: ignore[no-untyped-def]
-    """Ones in each int32, by shifts and masks, which the compiler recognises as `popc` (Hacker's Delight, figure 5-2)."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def count_kernel(words_ptr, ones_ptr, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), dtype=tl.int32)
-    for at in range(0, words, BLOCK):
-        word = at + tl.arange(0, BLOCK)
-        total += popcount(tl.load(words_ptr + row * words + word, mask=word < words, other=0))
-    tl.store(ones_ptr + row, tl.sum(total))
-
-
-@triton.jit
-def spread(words_ptr, rows, inside, words, at, BLOCK: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int8 (BLOCK, 32 STEP) of 0 and 1 from words [at, at + STEP) of the rows; zeros outside."""
-    word = at + tl.arange(0, STEP)
-    mask = inside[:, None] & (word < words)[None, :]
-    packed = tl.load(words_ptr + rows[:, None] * words + word[None, :], mask=mask, other=0)
-    ones = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return ones.to(tl.int8).reshape(BLOCK, STEP * 32)
 
 
 @triton.jit
