@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import Unsupported, UsageError
 from engine.kernels import bits
+from engine.kernels.bits import tiles
 
 SIZES = [0, 1, 63, 64, 65, 127, 521]
 
@@ -64,6 +65,64 @@ def test_cpu_implementations_follow_the_definition(implementation, sites, n):
     np.testing.assert_array_equal(counts, alleles_ln.sum(axis=1))
 
 
+def slow_dosage_planes(alleles_ln: np.ndarray, missing_ln: np.ndarray) -> list[list[list[int]]]:
+    """Person by person."""
+    planes: list[list[list[int]]] = [[], [], []]
+    for alleles, missing in zip(alleles_ln.tolist(), missing_ln.tolist()):
+        people = [(a + b, not (x or y)) for a, b, x, y in zip(alleles[::2], alleles[1::2], missing[::2], missing[1::2])]
+        planes[0].append([int(called and dosage in (0, 2)) for dosage, called in people])
+        planes[1].append([int(called and dosage == 0) for dosage, called in people])
+        planes[2].append([int(called) for _, called in people])
+    return [slow_pack(np.array(plane, dtype=np.uint8).reshape(len(alleles_ln), -1)) for plane in planes]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("implementation", ["reference", "numba"])
+@pytest.mark.parametrize("n", [0, 2, 62, 64, 66, 126, 128, 130, 262])
+def test_dosage_planes_follow_the_definition(implementation, n):
+    alleles_ln = random_alleles(67, n)
+    missing_ln = (np.random.default_rng(n).random((67, n)) < 0.1).astype(np.uint8)
+    alleles_ln[missing_ln == 1] = 0
+    packed, missing = bits.pack(alleles_ln), bits.pack(missing_ln)
+    got = bits.dosage_planes(packed, n, missing, implementation=implementation)
+    assert [plane.tolist() for plane in got] == slow_dosage_planes(alleles_ln, missing_ln)
+    got = bits.dosage_planes(packed, n, implementation=implementation)
+    assert [plane.tolist() for plane in got] == slow_dosage_planes(alleles_ln, np.zeros_like(missing_ln))
+    if n % 64:
+        dirty = packed.copy()
+        dirty[:, -1] |= ~np.uint64((1 << (n % 64)) - 1)
+        for clean, plane in zip(got, bits.dosage_planes(dirty, n, implementation=implementation)):
+            np.testing.assert_array_equal(clean, plane)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (33, 7), (64, 1), (70, 2)])
+def test_tiles_count_pairs_of_rows(shape):
+    rng = np.random.default_rng(shape[0])
+    a, sign = rng.integers(0, 2**64, (2, *shape), dtype=np.uint64)
+    packed, signs = tiles.interleaved(a), tiles.interleaved(sign)
+    counts = np.empty(1024, dtype=np.int32)
+    rows = (
+        np.zeros((len(packed) * 32, shape[1]), dtype=np.uint64),
+        np.zeros((len(packed) * 32, shape[1]), dtype=np.uint64),
+    )
+    rows[0][: shape[0]], rows[1][: shape[0]] = a, sign
+    for i in range(len(packed)):
+        for j in range(len(packed)):
+            left, right = slice(32 * i, 32 * i + 32), slice(32 * j, 32 * j + 32)
+            both = rows[0][left, None] & rows[0][None, right]
+            unlike = rows[1][left, None] ^ rows[1][None, right]
+            tiles.and_tile(packed, i, packed, j, counts)
+            np.testing.assert_array_equal(counts.reshape(32, 32), np.bitwise_count(both).sum(axis=2))
+            tiles.xor_tile(packed, i, packed, j, counts)
+            differ = rows[0][left, None] ^ rows[0][None, right]
+            np.testing.assert_array_equal(counts.reshape(32, 32), np.bitwise_count(differ).sum(axis=2))
+            tiles.dot_tile(packed, signs, i, packed, signs, j, counts)
+            wanted = np.bitwise_count(both & ~unlike).sum(axis=2).astype(int) - np.bitwise_count(both & unlike).sum(
+                axis=2
+            )
+            np.testing.assert_array_equal(counts.reshape(32, 32), wanted)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "numba"])
 def test_views_that_are_not_contiguous(implementation):
     alleles_ln = random_alleles(97, 201)[::3, ::2]
@@ -92,6 +151,10 @@ def test_the_door_refuses_what_it_cannot_do():
         bits.popcount_rows(np.zeros(4, dtype=np.uint64))
     with pytest.raises(UsageError, match="uint64"):
         bits.popcount_rows(np.zeros((4, 1), dtype=np.int64))
+    with pytest.raises(UsageError, match="two haplotypes per person"):
+        bits.dosage_planes(np.zeros((4, 1), dtype=np.uint64), 5)
+    with pytest.raises(UsageError, match="missing_lw of shape"):
+        bits.dosage_planes(np.zeros((4, 1), dtype=np.uint64), 6, np.zeros((3, 1), dtype=np.uint64))
     with pytest.raises(Unsupported, match="torch tensor"):
         bits.pack(np.zeros((1, 3), dtype=np.uint8), implementation="triton")
     with pytest.raises(UsageError, match="reference, numba or triton"):
@@ -120,7 +183,7 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True   # poisons torch.empty
 assert torch.empty(3, dtype=torch.int64).tolist() == [2**63 - 1] * 3
 for sites in (0, 1, 63, 65, 131):
-    for n in (0, 1, 63, 64, 65, 521):
+    for n in (0, 1, 62, 63, 64, 65, 130, 521):
         alleles = np.random.default_rng(n).integers(0, 2, (sites, n)).astype(np.uint8)
         packed = reference.pack(alleles)
         tensor = torch.from_numpy(packed.view(np.int64))
@@ -130,6 +193,13 @@ for sites in (0, 1, 63, 65, 131):
         assert (t(bits.transpose(tensor, n)) == reference.transpose(packed, n)).all(), ("transpose", sites, n)
         got = bits.popcount_rows(tensor)
         assert got.dtype == torch.int64 and (got.numpy() == alleles.sum(1)).all(), ("popcount", sites, n)
+        if n % 2 == 0:
+            missing = reference.pack((np.random.default_rng(n).random((sites, n)) < 0.1).astype(np.uint8))
+            for holes in (None, missing):
+                wanted = bits.dosage_planes(packed, n, holes, implementation="reference")
+                got = bits.dosage_planes(tensor, n, None if holes is None else torch.from_numpy(holes.view(np.int64)))
+                for one, other in zip(got, wanted):
+                    assert (t(one) == other).all(), ("dosage", sites, n)
 wide = torch.full((2, 300), -1, dtype=torch.int64)
 assert bits.popcount_rows(wide).tolist() == [19200, 19200]
 print("done")
@@ -138,7 +208,7 @@ print("done")
 
 
 @needs_triton
-def test_triton_kernels_compile_for_sm_90_without_a_gpu():
+def test_triton_kernels_compile_without_a_gpu():
     code = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -157,15 +227,18 @@ cases = [
     (k._unpack, {"bits_ptr": "*i64", "alleles_ptr": "*u8", "n": "i32", "words": "i32"}, {}),
     (k._transpose, {"bits_ptr": "*i64", "out_ptr": "*i64", "sites": "i32", "n": "i32", "words": "i32",
                     "out_words": "i32"}, {}),
+    (k._dosage_planes, {"bits_ptr": "*i64", "missing_ptr": "*i64", "out_ptr": "*i64", "sites": "i32", "samples": "i32",
+                        "words": "i32", "out_words": "i32", "MISSING": "constexpr"}, {"MISSING": True}),
     (k._popcount_rows, {"bits_ptr": "*i64", "counts_ptr": "*i64", "words": "i32", "BLOCK": "constexpr"},
      {"BLOCK": 256}),
 ]
 for kernel, signature, constants in cases:
     source = ASTSource(kernel, signature, constants, attrs=div(0, 1))
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert len(made.asm["cubin"]) > 0
-    if kernel is k._popcount_rows:
-        assert "popc" in made.asm["ptx"]
+    for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+        made = triton.compile(source, target=target)
+        assert len(made.asm["hsaco" if target.backend == "hip" else "cubin"]) > 0
+        if kernel is k._popcount_rows and target.backend == "cuda":
+            assert "popc" in made.asm["ptx"]
 print("done")
 """
     assert run_python(code, TRITON_INTERPRET="0").strip() == "done"

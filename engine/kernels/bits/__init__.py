@@ -4,12 +4,16 @@
 significant bit first; 1 is ALT. Unused high bits are zero. `bits_nw` is the same with sites and haplotypes exchanged.
 A plane of missing genotypes has the same shape. Triton takes and gives torch int64 tensors of the same bit patterns.
 
-What the bits mean (which allele, which person) is left to the rooms above.
+Unphased genotypes are three planes of one bit per person (`dosage_planes`): the dosage less one is 0 where `nonzero` is
+0, else -1 where `negative` is 1, else 1.
+
+What the bits mean (which allele, which person) is left to the rooms above. Register tiles that count pairs of rows, for the
+kernels of other rooms, are in `tiles` (CPU) and `triton_tiles` (GPU).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +23,18 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Implementation = Literal["reference", "numba", "triton"]
+
+
+class DosagePlanes(NamedTuple):
+    """Unphased genotypes of S people at L sites, each plane uint64 (L, ceil(S / 64)), unused high bits zero.
+
+    nonzero_lw: the dosage is 0 or 2. negative_lw: the dosage is 0. observed_lw: both alleles were called; the other two
+    planes are 0 where it is.
+    """
+
+    nonzero_lw: Any
+    negative_lw: Any
+    observed_lw: Any
 
 
 def words(n: int) -> int:
@@ -82,6 +98,31 @@ def popcount_rows(bits_lw: Any, *, implementation: Implementation | None = None)
     """
     chosen = _choose(bits_lw, implementation)
     return chosen.popcount_rows(_check_bits(bits_lw, None, "bits.popcount_rows"))
+
+
+def dosage_planes(
+    bits_lw: Any, n: int, missing_lw: Any = None, *, implementation: Implementation | None = None
+) -> DosagePlanes:
+    """Dosages of diploid people, whose haplotypes are 2 s and 2 s + 1, as planes for products of dosages.
+
+    Args:
+        bits_lw: (L, ceil(n / 64)) of haplotypes; `n` even. Bits beyond `n` are ignored.
+        missing_lw: the same shape, 1 = not called; None where nothing is missing. A person is observed where both are called.
+
+    Raises:
+        UsageError: the word count does not match `n`, `n` is odd, or the planes differ in shape.
+        Unsupported: the named implementation cannot run on this input.
+    """
+    chosen = _choose(bits_lw, implementation)
+    bits_lw = _check_bits(bits_lw, n, "bits.dosage_planes")
+    if n % 2:
+        raise UsageError("two haplotypes per person", f"{n} haplotypes", "bits.dosage_planes")
+    if missing_lw is not None:
+        if type(missing_lw) is not type(bits_lw) or missing_lw.shape != bits_lw.shape:
+            got = f"{type(missing_lw).__name__} {getattr(missing_lw, 'shape', '')}"
+            raise UsageError(f"missing_lw of shape {tuple(bits_lw.shape)}", got, "bits.dosage_planes")
+        missing_lw = _check_bits(missing_lw, n, "bits.dosage_planes")
+    return DosagePlanes(*chosen.dosage_planes(bits_lw, int(n) // 2, missing_lw))
 
 
 def _choose(array: Any, implementation: Implementation | None) -> ModuleType:

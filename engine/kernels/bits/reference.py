@@ -27,3 +27,12 @@ def transpose(bits_lw: np.ndarray, n: int) -> np.ndarray:
 def popcount_rows(bits_lw: np.ndarray) -> np.ndarray:
     """int64 (L,) number of ones in each row."""
     return np.bitwise_count(bits_lw).sum(axis=1, dtype=np.int64)
+
+
+def dosage_planes(bits_lw: np.ndarray, samples: int, missing_lw: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """As the door's `dosage_planes`."""
+    alleles_ln = unpack(bits_lw, 2 * samples)
+    missing_ln = np.zeros_like(alleles_ln) if missing_lw is None else unpack(missing_lw, 2 * samples)
+    dosage_ls = alleles_ln[:, 0::2] + alleles_ln[:, 1::2]
+    observed_ls = (missing_ln[:, 0::2] | missing_ln[:, 1::2]) == 0
+    return pack((dosage_ls != 1) & observed_ls), pack((dosage_ls == 0) & observed_ls), pack(observed_ls)

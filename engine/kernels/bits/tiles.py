@@ -148,7 +148,7 @@ def _pair_counts(planes: int, vectors: int, weights: tuple[int, ...], combine: C
                         for ptr in b_ptrs
                     ]
                 )
-            after = []
+            after: list[Any] = []
             for r in range(_ROWS):
                 where = builder.add(row, ir.Constant(index, r))
                 same = [splat(builder.load(builder.gep(ptr, [where]), align=8)) for ptr in a_ptrs]

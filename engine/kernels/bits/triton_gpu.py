@@ -53,6 +53,44 @@ def popcount_rows(bits_lw: torch.Tensor) -> torch.Tensor:
     return counts_l
 
 
+def dosage_planes(
+    bits_lw: torch.Tensor, samples: int, missing_lw: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the door's `dosage_planes`, int64."""
+    sites, words = bits_lw.shape
+    made = torch.empty((3, sites, (samples + 63) // 64), dtype=torch.int64, device=bits_lw.device)
+    if made.numel():
+        missing = bits_lw if missing_lw is None else missing_lw
+        _dosage_planes[(sites, made.shape[2])](
+            bits_lw.contiguous(), missing.contiguous(), made, sites, samples, words, made.shape[2],
+            MISSING=missing_lw is not None,
+        )  # fmt: skip
+    return made[0], made[1], made[2]
+
+
+@triton.jit
+def _dosage_planes(  # type: ignore[no-untyped-def]
+    bits_ptr, missing_ptr, out_ptr, sites, samples, words, out_words, MISSING: tl.constexpr
+):  # fmt: skip
+    site, word = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, 64)
+    sample = word * 64 + lane
+    at = site * words + sample // 32  # the word of haplotypes 2 s and 2 s + 1
+    inside = sample < samples
+    bit = (2 * (sample % 32)).to(tl.int64)
+    pair = tl.load(bits_ptr + at, mask=inside, other=0) >> bit
+    dosage = (pair & 1) + ((pair >> 1) & 1)
+    observed = inside
+    if MISSING:
+        observed = observed & (((tl.load(missing_ptr + at, mask=inside, other=0) >> bit) & 3) == 0)
+    place = lane.to(tl.int64)
+    to = out_ptr + site * out_words + word
+    plane = sites.to(tl.int64) * out_words
+    tl.store(to, tl.sum((observed & (dosage != 1)).to(tl.int64) << place, axis=0))
+    tl.store(to + plane, tl.sum((observed & (dosage == 0)).to(tl.int64) << place, axis=0))
+    tl.store(to + 2 * plane, tl.sum(observed.to(tl.int64) << place, axis=0))
+
+
 @triton.jit
 def _pack(alleles_ptr, bits_ptr, n, words):  # type: ignore[no-untyped-def]
     site = tl.program_id(0).to(tl.int64)
