@@ -202,7 +202,7 @@ def write_bed(
         stream.write(b"\x6c\x1b\x01")
         stream.write(np.ascontiguousarray(bytes_lb).tobytes())
     position_bp = _positions(position_bp, len(bits_lw))
-    Path(f"{prefix}.bim").write_text("".join(f"1\ts{l}\t0\t{p}\tC\tA\n" for l, p in enumerate(position_bp)))
+    Path(f"{prefix}.bim").write_text("".join(f"1\ts{k}\t0\t{p}\tC\tA\n" for k, p in enumerate(position_bp)))
     Path(f"{prefix}.fam").write_text("".join(f"0\tp{k}\t0\t0\t0\t-9\n" for k in range(samples)))
     return prefix
 
@@ -230,7 +230,7 @@ def write_pgen(
                 alleles_ln[lost_ln != 0] = -9
             out.append_alleles_batch(alleles_ln, all_phased=True)
     position_bp = _positions(position_bp, len(bits_lw))
-    rows = "".join(f"1\t{p}\ts{l}\tA\tC\n" for l, p in enumerate(position_bp))
+    rows = "".join(f"1\t{p}\ts{k}\tA\tC\n" for k, p in enumerate(position_bp))
     Path(f"{prefix}.pvar").write_text("#CHROM\tPOS\tID\tREF\tALT\n" + rows)
     Path(f"{prefix}.psam").write_text("#IID\tSEX\n" + "".join(f"p{k}\tNA\n" for k in range(samples)))
     return prefix

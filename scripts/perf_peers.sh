@@ -48,7 +48,6 @@ build_plink2() {
   done <debian/patches/series
   if grep -qw avx2 /proc/cpuinfo; then simd="-mavx2 -mbmi -mbmi2 -mlzcnt -mfma"; fi
   flags="$simd -fopenmp-simd -DSIMDE_ENABLE_OPENMP -I/usr/include/simde -DIGNORE_BUNDLED_LIBDEFLATE"
-  sed -i 's/-O2/-O3/g' build_dynamic/Makefile # the Makefile's own -O2 would come last and win
   CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS=-ldeflate make -C build_dynamic SFX= plink2 >>"$log" 2>&1
   mkdir -p "$cache/bin"
   mv build_dynamic/plink2 "$cache/bin/plink2"
