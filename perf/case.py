@@ -17,12 +17,14 @@ class Timed:
     """Returned by a peer that knows better than the clock around it what its work cost: `seconds` replaces the reading.
 
     `seconds` is CPU seconds for a case of one thread and wall seconds for more. `note` says how it was taken
-    ("whole process less the same process with --freq") and goes into the record.
+    ("whole process less the same process with --freq") and goes into the record. `peak_bytes` replaces the reading of
+    this process's memory, for work that was done by another; 0: not known.
     """
 
     seconds: float
     result: Any = None
     note: str = ""
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)

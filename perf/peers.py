@@ -157,7 +157,7 @@ def computing_share(
         str(a) for a in loading[1:] if str(a).startswith("--") and str(a) not in ("--threads", "--out", "--memory")
     )
     note = f"{what} seconds of the whole process less those of a process with {options}"
-    return Timed(max(seconds, 1e-6), whole.output, note)
+    return Timed(max(seconds, 1e-6), whole.output, note, whole.peak_bytes)
 
 
 def plink_command(name: str, *arguments: str | Path, threads: int = 1, memory_mib: int = 6000) -> list[str | Path]:
