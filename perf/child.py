@@ -61,7 +61,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "perf.child", *arguments],
         env=environment(threads, code, numba_cache), cwd=folder, text=True, stderr=errors,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 

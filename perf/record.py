@@ -7,15 +7,14 @@ limits, hash of the bench file. Failures are records too. How a figure is measur
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from perf.find import source_hash
 
@@ -30,10 +29,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# six digits are more than any of these figures carries
+Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+
+
 class Spread(_Strict):
-    p20: float
-    p50: float
-    p80: float
+    p20: Figure
+    p50: Figure
+    p80: Figure
     n: int = Field(ge=1)
 
 
@@ -57,9 +60,9 @@ class Fit(_Strict):
     """cost ~ axis ** exponent, 95 % interval, from the records named in `points`."""
 
     axis: str
-    exponent: float
-    low: float
-    high: float
+    exponent: Figure
+    low: Figure
+    high: Figure
     points: list[str]
 
 
@@ -92,9 +95,9 @@ class Record(_Strict):
     floor_bytes: float = 0
     floor_ops: float = 0
     limit: str = ""
-    copy_share: float | None = Field(None, description="floor_bytes / seconds, as a share of the measured copy rate")
-    limit_share: float | None = Field(None, description="floor_ops / seconds, as a share of the measured `limit`")
-    limits: dict[str, float | None] = {}
+    copy_share: Figure | None = Field(None, description="floor_bytes / seconds, as a share of the measured copy rate")
+    limit_share: Figure | None = Field(None, description="floor_ops / seconds, as a share of the measured `limit`")
+    limits: dict[str, Figure | None] = {}
     peers: list[PeerRecord] = []
     fit: Fit | None = None
     bench: Bench | None = None
@@ -166,7 +169,7 @@ class Log:
     def __init__(self, history: Path, machine: str, run: str) -> None:
         self.path = history / machine / f"{run}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = open(self.path, "x")  # "x": never over a file that is there
+        self.path.touch(exist_ok=False)  # never over a file that is there
         self.run, self.count = run, 0
 
     def next_id(self) -> str:
@@ -174,11 +177,8 @@ class Log:
 
     def append(self, record: Record) -> None:
         self.count += 1
-        self._stream.write(to_line(record) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()
+        with open(self.path, "a") as stream:
+            stream.write(to_line(record) + "\n")
 
 
 def to_line(record: Record) -> str:
