@@ -141,8 +141,12 @@ def test_bits_beyond_n_are_ignored_by_transpose_and_unpack():
 
 
 def test_the_door_refuses_what_it_cannot_do():
-    with pytest.raises(UsageError, match="value 2"):
-        bits.pack(np.full((1, 3), 2, dtype=np.uint8))
+    for implementation in ("reference", "numba"):
+        for where in (2, 70, 129):  # in a whole word and in the last one
+            alleles_ln = np.zeros((3, 131), dtype=np.uint8)
+            alleles_ln[1, where] = 2
+            with pytest.raises(UsageError, match="value 2"):
+                bits.pack(alleles_ln, implementation=implementation)
     with pytest.raises(UsageError, match="uint8 or bool"):
         bits.pack(np.zeros((1, 3)))
     with pytest.raises(UsageError, match="2 words for 65"):
@@ -185,7 +189,7 @@ assert torch.empty(3, dtype=torch.int64).tolist() == [2**63 - 1] * 3
 for sites in (0, 1, 63, 65, 131):
     for n in (0, 1, 62, 63, 64, 65, 130, 521):
         alleles = np.random.default_rng(n).integers(0, 2, (sites, n)).astype(np.uint8)
-        packed = reference.pack(alleles)
+        packed, _ = reference.pack(alleles)
         tensor = torch.from_numpy(packed.view(np.int64))
         t = lambda x: x.numpy().view(np.uint64)
         assert (t(bits.pack(torch.from_numpy(alleles))) == packed).all(), ("pack", sites, n)
@@ -194,7 +198,7 @@ for sites in (0, 1, 63, 65, 131):
         got = bits.popcount_rows(tensor)
         assert got.dtype == torch.int64 and (got.numpy() == alleles.sum(1)).all(), ("popcount", sites, n)
         if n % 2 == 0:
-            missing = reference.pack((np.random.default_rng(n).random((sites, n)) < 0.1).astype(np.uint8))
+            missing, _ = reference.pack((np.random.default_rng(n).random((sites, n)) < 0.1).astype(np.uint8))
             for holes in (None, missing):
                 wanted = bits.dosage_planes(packed, n, holes, implementation="reference")
                 got = bits.dosage_planes(tensor, n, None if holes is None else torch.from_numpy(holes.view(np.int64)))

@@ -60,11 +60,12 @@ def pack(alleles_ln: Any, *, implementation: Implementation | None = None) -> An
     _check_shape(alleles_ln, "alleles_ln")
     if str(alleles_ln.dtype).removeprefix("torch.") not in ("uint8", "bool"):
         raise UsageError("alleles_ln of type uint8 or bool", str(alleles_ln.dtype), "bits.pack")
-    if str(alleles_ln.dtype).endswith("uint8") and 0 not in alleles_ln.shape and int(alleles_ln.max()) > 1:
+    bits_lw, is_clean = chosen.pack(alleles_ln)
+    if not is_clean:
         raise UsageError(
             "alleles 0 and 1", f"value {int(alleles_ln.max())}", "bits.pack", "a separate plane for missing"
         )
-    return chosen.pack(alleles_ln)
+    return bits_lw
 
 
 def unpack(bits_lw: Any, n: int, *, implementation: Implementation | None = None) -> Any:

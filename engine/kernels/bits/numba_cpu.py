@@ -18,12 +18,11 @@ from numba.extending import intrinsic
 _COLUMNS = 8  # words of 8 bytes in a cache line of 64 bytes
 
 
-def pack(alleles_ln: np.ndarray) -> np.ndarray:
-    """uint8 or bool (L, N) of 0 and 1 -> uint64 (L, ceil(N / 64))."""
+def pack(alleles_ln: np.ndarray) -> tuple[np.ndarray, bool]:
+    """uint8 or bool (L, N) of 0 and 1 -> uint64 (L, ceil(N / 64)), and whether there was nothing but 0 and 1."""
     sites, n = alleles_ln.shape
     bits_lw = np.empty((sites, (n + 63) // 64), dtype=np.uint64)
-    _pack(np.ascontiguousarray(alleles_ln).view(np.uint8), bits_lw)
-    return bits_lw
+    return bits_lw, _pack(np.ascontiguousarray(alleles_ln).view(np.uint8), bits_lw)
 
 
 def unpack(bits_lw: np.ndarray, n: int) -> np.ndarray:
@@ -55,18 +54,23 @@ def dosage_planes(bits_lw: np.ndarray, samples: int, missing_lw: np.ndarray | No
     return planes
 
 
-@intrinsic
-def _load_word(typingctx: Any, alleles: Any, at: Any) -> Any:
-    """The word whose bit i is set where the allele (uint8) at `at` + i is not 0."""
+def _load_where(comparison: str, limit: int) -> Any:
+    """Intrinsic (alleles, at): the word whose bit i is set where the allele (uint8) at `at` + i compares so with `limit`."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        octets = ir.VectorType(ir.IntType(8), 64)
-        data = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
-        values = builder.load(builder.bitcast(data, octets.as_pointer()), align=1)
-        ones = builder.icmp_unsigned("!=", values, ir.Constant(octets, [0] * 64))
-        return builder.bitcast(ones, ir.IntType(64))
+    def load_word(typingctx: Any, alleles: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            octets = ir.VectorType(ir.IntType(8), 64)
+            data = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+            values = builder.load(builder.bitcast(data, octets.as_pointer()), align=1)
+            ones = builder.icmp_unsigned(comparison, values, ir.Constant(octets, [limit] * 64))
+            return builder.bitcast(ones, ir.IntType(64))
 
-    return types.uint64(alleles, types.intp), codegen
+        return types.uint64(alleles, types.intp), codegen
+
+    return intrinsic(load_word)
+
+
+_load_word, _load_wrong = _load_where("!=", 0), _load_where(">", 1)
 
 
 @intrinsic
@@ -127,17 +131,23 @@ def transpose_block(typingctx: Any, words: Any, at: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _pack(alleles_ln: np.ndarray, bits_lw: np.ndarray) -> None:
+def _pack(alleles_ln: np.ndarray, bits_lw: np.ndarray) -> bool:
     sites, n = alleles_ln.shape
     flat = alleles_ln.reshape(-1)
+    wrong = np.uint64(0)
     for site in range(sites):
         for word in range(n // 64):
-            bits_lw[site, word] = _load_word(flat, site * n + word * 64)  # type: ignore[call-arg]
+            at = site * n + word * 64
+            bits_lw[site, word] = _load_word(flat, at)
+            wrong |= _load_wrong(flat, at)
         if n % 64:
             value = np.uint64(0)
             for bit in range(n % 64):
-                value |= np.uint64(flat[site * n + n // 64 * 64 + bit]) << np.uint64(bit)
+                allele = np.uint64(flat[site * n + n // 64 * 64 + bit])
+                value |= (allele & np.uint64(1)) << np.uint64(bit)
+                wrong |= allele >> np.uint64(1)
             bits_lw[site, n // 64] = value
+    return wrong == np.uint64(0)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -15,14 +15,15 @@ from triton import knobs
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 
-def pack(alleles_ln: torch.Tensor) -> torch.Tensor:
-    """uint8 or bool (L, N) of 0 and 1 -> int64 (L, ceil(N / 64))."""
+def pack(alleles_ln: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """uint8 or bool (L, N) of 0 and 1 -> int64 (L, ceil(N / 64)), and whether there was nothing but 0 and 1."""
     sites, n = alleles_ln.shape
     words = (n + 63) // 64
     bits_lw = torch.empty((sites, words), dtype=torch.int64, device=alleles_ln.device)
     if bits_lw.numel():
-        _pack[(sites, words)](alleles_ln.contiguous().view(torch.uint8), bits_lw, n, words)
-    return bits_lw
+        alleles_ln = alleles_ln.contiguous().view(torch.uint8)
+        _pack[(sites, words)](alleles_ln, bits_lw, n, words)
+    return bits_lw, not alleles_ln.numel() or int(alleles_ln.max()) <= 1
 
 
 def unpack(bits_lw: torch.Tensor, n: int) -> torch.Tensor:
