@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both create .venv where it is missing.
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint env help clean
+.PHONY: demo test test-slow perf gpu env help clean
 VENV ?= .venv
 DEMO ?= runs/demo
 export VENV
@@ -25,6 +25,14 @@ test-slow:       ## the expensive checks as well
 	@bash scripts/make_env.sh demo,test
 	@bash scripts/test_tools.sh
 	$(VENV)/bin/python -m pytest -m 'slow or not slow'
+
+perf:            ## benchmarks on the CPU beside their peers, at most 15 minutes; a record under perf/history, runs/perf/report.html
+	@begin=$$(date +%s) && bash scripts/make_env.sh demo,perf && bash scripts/perf_peers.sh && \
+	$(VENV)/bin/python -m perf run --peers --curves --budget-seconds $$((780 - $$(date +%s) + begin)) && \
+	$(VENV)/bin/python -m perf report
+
+gpu:             ## tests and benchmarks on a GPU machine with only torch, numpy, numba and triton; no environment is made
+	@$${PYTHON:-python3} -m perf.gpu
 
 clean:           ## remove the environment and the runs
 	rm -rf $(VENV) runs
