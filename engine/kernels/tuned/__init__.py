@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+_tried: dict[str, dict[str, int]] = {}  # what `override` puts before the files, for the length of a trial
 
 
 def launch(kernel: str, defaults: dict[str, int], card: str) -> dict[str, int]:
@@ -20,8 +24,19 @@ def launch(kernel: str, defaults: dict[str, int], card: str) -> dict[str, int]:
         defaults: parameter -> value; a file may only name these.
         card: `torch.cuda.get_device_name(...)`; "" where there is no GPU (the interpreter).
     """
-    known = _file(slug(card)).get(kernel, {}) if card else {}
+    known = (_file(slug(card)).get(kernel, {}) if card else {}) | _tried.get(kernel, {})
     return defaults | {name: int(value) for name, value in known.items() if name in defaults}
+
+
+@contextmanager
+def override(kernels: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Within the block these parameters go before those of the card's file: how a tuner tries them."""
+    _tried.update(kernels)
+    try:
+        yield
+    finally:
+        for name in kernels:
+            _tried.pop(name, None)
 
 
 def slug(card: str) -> str:
@@ -33,3 +48,6 @@ def slug(card: str) -> str:
 def _file(name: str) -> dict[str, dict[str, int]]:
     path = Path(__file__).parent / f"{name}.json"
     return json.loads(path.read_text())["kernels"] if path.is_file() else {}
+
+
+forget = _file.cache_clear  # after a file was written
