@@ -27,6 +27,7 @@ def run(
     peers: Annotated[bool, typer.Option("--peers", help="the peers as well, in turn with ours")] = False,
     everything: Annotated[bool, typer.Option("--all/--quick", help="the long cases as well")] = False,
     curves: Annotated[bool, typer.Option("--curves", help="scaling curves as well, and their exponents")] = False,
+    limits: Annotated[bool, typer.Option(help="measure what the machine can do at best first")] = True,
     repeats: Annotated[int | None, typer.Option(min=1, help="timed runs; default: the case's own, at least 5")] = None,
     budget_seconds: Annotated[float | None, typer.Option(help="cases that begin later are recorded as not run")] = None,
     case_seconds: Annotated[float, typer.Option(help="longest that one case may take")] = 300.0,
@@ -38,7 +39,7 @@ def run(
     from perf.run import Wanted
     from perf.run import run as run_cases
 
-    wanted = Wanted(root, pattern, peers, everything, curves, repeats, budget_seconds, case_seconds)
+    wanted = Wanted(root, pattern, peers, everything, curves, limits, repeats, budget_seconds, case_seconds)
     try:
         made = run_cases(wanted, history or history_folder(root), _say)
     except LookupError as error:

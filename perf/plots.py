@@ -36,22 +36,22 @@ _RC: dict[Any, Any] = {
 RUNS_SHOWN = 24
 
 
-def ratios(rows: Sequence[tuple[str, Spread, float | None]]) -> str:
-    """Dot plot of (label, ratio, goal): p50 with p20 to p80, the goal as a tick, 1 = equal speed as a line; log axis."""
+def ratios(rows: Sequence[tuple[str, Spread, float | None, bool]]) -> str:
+    """Dot plot of (label, ratio, goal, sound): p50 with p20 to p80, the goal as a tick, 1 = equal speed as a line; log
+    axis. The dot is hollow where the ratio is not sound."""
     with plt.rc_context(_RC):
         drawing, axis = plt.subplots(figsize=(9.2, 0.9 + 0.27 * len(rows)))
-        for y, (_, ratio, goal) in enumerate(rows):
-            met = goal is None or ratio.p50 >= goal
+        for y, (_, ratio, goal, sound) in enumerate(rows):
             axis.plot([ratio.p20, ratio.p80], [y, y], color=OURS, linewidth=2, solid_capstyle="butt")
-            axis.plot([ratio.p50], [y], "o", color=OURS, markersize=6, markerfacecolor=OURS if met else "none")
+            axis.plot([ratio.p50], [y], "o", color=OURS, markersize=6, markerfacecolor=OURS if sound else "none")
             if goal is not None:
                 axis.plot([goal], [y], "|", color=GOAL, markersize=13, markeredgewidth=2)
         axis.axvline(1, color="#000000", linewidth=1)
         _log(axis, "x", lambda value: f"{value:g}")
-        axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("times as fast as the peer (dot: median, bar: p20 to p80, upright tick: goal)")
+        axis.set_xlabel("times as fast")
         return _svg(drawing)
 
 

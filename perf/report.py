@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.record import PeerRecord, Record
-from perf.words import duration, in_words, limits_in_words, peer_in_words, quantity
+from perf.words import duration, in_words, limits_in_words, peer_in_words, quantity, shares
 
 
 def machines(records: Sequence[Record]) -> list[str]:
@@ -74,12 +74,6 @@ def _colour(peer: PeerRecord) -> str:
     return "red" if peer.met is False or peer.status == "differs" else "green" if peer.met else "default"
 
 
-def shares(record: Record) -> str:
-    """ "87 % of popcount, 12 % of copy", as far as floors were given."""
-    parts = [(record.limit_share, record.limit), (record.copy_share, "copy")]
-    return ", ".join(f"{share:.0%} of {name}" for share, name in parts if share is not None)
-
-
 def readme(records: Sequence[Record]) -> str:
     """Markdown table of the ratios of one machine, each row with the id of its record."""
     lines = [
@@ -129,11 +123,11 @@ def _of_machine(records: Sequence[Record]) -> dict[str, Any]:
     now = latest(records)
     rooms: dict[str, list[dict[str, Any]]] = {}
     for record in now:
-        past = [r for r in records if r.key == record.key and r.run in runs and r.seconds and r.kind == "case"]
+        past = [r for r in records if r.key == record.key and r.run in runs and r.seconds and r.curve is None]
         drawing = plots.over_runs(past, runs) if past else ""
         rooms.setdefault(record.case.split(".")[0], []).append({"record": record, "plot": drawing})
     glance = [
-        (f"{record.case} ({size_in_words(record)}) / {peer.name}", peer.ratio, peer.goal)
+        (f"{record.case} ({size_in_words(record)}) / {peer.name}", peer.ratio, peer.goal, peer.status == "ok" and peer.met is not False)
         for record in now for peer in record.peers if peer.ratio is not None
     ]  # fmt: skip
     by_id = {record.id: record for record in records}

@@ -36,13 +36,15 @@ LEAST_REPEATS = 5
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to run; `root` holds perf/ and engine/. `repeats`: None takes the case's own, at least LEAST_REPEATS."""
+    """What to run; `root` holds perf/ and engine/. limits: measure the machine first. repeats: None takes the case's own, at
+    least LEAST_REPEATS."""
 
     root: Path
     pattern: str | None = None
     peers: bool = False
     everything: bool = False
     curves: bool = False
+    limits: bool = True
     repeats: int | None = None
     budget_seconds: float | None = None
     case_seconds: float = _CASE_SECONDS
@@ -85,14 +87,17 @@ def run(wanted: Wanted, history: Path, tell: Callable[[str], None]) -> Path:
         for bench, why in broken:
             keep(kind="file", status="failed", why=why, key=bench.path, case=bench.path, bench=bench)
             tell(f"{bench.path}: {why}")
-        limits = {}
+        limits: dict[int, dict[str, float | None]] = {}
         for threads in sorted({item.case["threads"] for item in todo}):
+            if not wanted.limits:
+                limits[threads] = {}
+                continue
             limits[threads], libraries, why = measure_limits(threads, root, folder, cache)
             keep(
                 kind="limits", status="failed" if why else "ok", why=why, key=f"limits@{threads}", case="limits",
                 threads=threads, limits=limits[threads], libraries=libraries,
             )  # fmt: skip
-            tell(f"limits of {threads} thread{'s' * (threads > 1)}: {limits_in_words(limits[threads])} {why}")
+            tell(f"limits of {threads} thread{'s' * (threads > 1)}: {why or limits_in_words(limits[threads])}")
         if left_out:
             tell(f"{left_out} cases are left out (--all)")
 

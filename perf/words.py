@@ -39,12 +39,15 @@ def in_words(record: Record) -> str:
         low, high = duration(record.seconds.p20), duration(record.seconds.p80)
         parts.append(f"{duration(record.seconds.p50)} ({low} to {high})")
         parts.append(f"{quantity(record.rate.p50, record.unit or '')}/s")
-    if record.limit_share is not None:
-        parts.append(f"{record.limit_share:.0%} of {record.limit}")
-    if record.copy_share is not None:
-        parts.append(f"{record.copy_share:.0%} of copy")
+    parts += [shares(record)] if shares(record) else []
     parts += [peer_in_words(peer) for peer in record.peers]
     return f"{record.key}: " + ", ".join(parts)
+
+
+def shares(record: Record) -> str:
+    """ "87% of popcount, 12% of copy", as far as floors were given."""
+    parts = {record.limit: record.limit_share, "copy": record.copy_share}
+    return ", ".join(f"{share:.0%} of {name}" for name, share in parts.items() if share is not None)
 
 
 def peer_in_words(peer: PeerRecord) -> str:
