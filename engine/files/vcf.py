@@ -1,54 +1,38 @@
 """VCF and BCF: read into packed bits, check, and write with an index.
 
-Reading goes through cyvcf2 after the structure of the file has been checked in Python (`vcf_structure`), so that htslib
-never meets a damaged file. Writing is in `vcf_write`, the check in a process of its own is in `vcf_check`; both are
-reached from here.
+Reading is by `vcf_fast`, or by `vcf_cyvcf2` where the file is damaged or nothing that the former knows; both give the same.
+Writing is in `vcf_write`, the check in a process of its own is in `vcf_check`; both are reached from here.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-import cyvcf2
+import numba
 import numpy as np
 
-from engine.errors import InputError
-from engine.files import genotypes, vcf_structure
+from engine.errors import InputError, Unsupported, UsageError
+from engine.files import genotypes, vcf_cyvcf2, vcf_fast
 from engine.files.genotypes import GenotypeData
 from engine.files.vcf_check import check
+from engine.files.vcf_cyvcf2 import Read
 from engine.files.vcf_write import write_vcf
-from engine.kernels import bits
 
 __all__ = ["check", "read_vcf", "write_vcf"]
 
-_BLOCK_BYTES = 48 << 20  # decoded genotypes held at one time
-_MISSING, _ABSENT = -1, -2  # cyvcf2: allele not called; no second allele (haploid call)
-
-# htslib writes its remarks to standard error; the structure check says the same as one line
-ctypes.CDLL(cyvcf2.cyvcf2.__file__).hts_set_log_level(0)
+Implementation = Literal["numba", "cyvcf2"]
 
 
-@dataclass
-class _Block:
-    """Decoded records: alleles int16 (B, S, 2), phase bool (B, S), and one row per ALT allele."""
-
-    alleles_bsp: np.ndarray
-    phased_bs: np.ndarray
-    row_record: list[int]
-    row_alt: list[int]
-    contig: list[str]
-    position_bp: list[int]
-    id: list[str]
-    ref: list[str]
-    alt: list[str]
-    alt_index: list[int]
-
-
-def read_vcf(path: str | Path, *, region: str | None = None, samples: Sequence[str] | None = None) -> GenotypeData:
+def read_vcf(
+    path: str | Path,
+    *,
+    region: str | None = None,
+    samples: Sequence[str] | None = None,
+    implementation: Implementation | None = None,
+    threads: int | None = None,
+) -> GenotypeData:
     """Read VCF, gzipped or bgzipped VCF, or BCF.
 
     A record with several ALT alleles becomes one row per ALT (`alt_index` 1, 2, ...; other ALT alleles count as 0).
@@ -61,48 +45,34 @@ def read_vcf(path: str | Path, *, region: str | None = None, samples: Sequence[s
     Args:
         region: "contig" or "contig:first-last" (1-based, inclusive, by POS). The file is read through; no index is needed.
         samples: names to keep, in this order.
+        implementation: None takes "numba", and "cyvcf2" where that says no; the answer and the errors are the same.
+        threads: that inflate; default as many as Numba uses.
 
     Raises:
         InputError: damaged or unsorted file, more than two alleles per call, allele number beyond ALT, unknown sample or
             contig; always one line with the record.
+        Unsupported: "numba" was asked for by name, and the file is damaged or needs the other.
     """
     path = Path(path)
-    structure = vcf_structure.inspect(path)
-    names = structure.header.samples
-    if samples is not None:
-        place = {name: k for k, name in enumerate(names)}
-        absent = [name for name in samples if name not in place]
-        if absent:
-            raise InputError("samples of the file", f"'{absent[0]}' ({len(absent)} not found)", path)
-        if len(set(samples)) != len(samples):
-            raise InputError("distinct samples", "one asked for twice", path)
-        keep: np.ndarray | None = np.array([place[name] for name in samples], dtype=np.int64)
-        names = list(samples)
-    else:
-        keep = None
-    ploidy = Ploidy(len(names))
-    phased = True
-    planes: list[np.ndarray] = []
-    missing: list[np.ndarray | None] = []
-    columns: dict[str, list] = {key: [] for key in ("contig", "position_bp", "id", "ref", "alt", "alt_index")}
-    for block in blocks(path, structure, keep, _parse_region(region, structure.header.contigs, path)):
-        phased &= is_phased(block)
-        ploidy.see(block)
-        allele_bn = block.alleles_bsp.reshape(len(block.alleles_bsp), -1)
-        row = np.array(block.row_record, dtype=np.int64)
-        planes.append(bits.pack(allele_bn[row] == np.array(block.row_alt, dtype=np.int16)[:, None]))
-        missing_bn = allele_bn < 0
-        missing.append(bits.pack(missing_bn[row]) if missing_bn.any() else None)
-        for key, values in columns.items():
-            values.extend(getattr(block, key))
-    if region is not None and not planes:
+    if implementation not in (None, "numba", "cyvcf2"):
+        raise UsageError("implementation numba or cyvcf2", repr(implementation), "read_vcf")
+    if implementation != "cyvcf2":
+        try:
+            found = vcf_fast.read(path, region, samples, numba.get_num_threads() if threads is None else threads)
+            return _genotypes(found, region, path)
+        except vcf_fast.Irregular as reason:
+            if implementation == "numba":
+                raise Unsupported("a file for the fast reader", str(reason), path, "implementation='cyvcf2'") from None
+    return _genotypes(vcf_cyvcf2.read(path, region, samples), region, path)
+
+
+def _genotypes(found: Read, region: str | None, path: Path) -> GenotypeData:
+    """The haplotypes that samples own, out of two for each."""
+    if region is not None and not len(found.bits_lw):
         raise InputError(f"records in {region}", "none", path, "a contig name as in the file's header")
+    names, bits_lw, missing_lw, ploidy = found.names, found.bits_lw, found.missing_lw, found.ploidy
+    header = found.structure.header
     n = 2 * len(names)
-    words = bits.words(n)
-    bits_lw = np.concatenate(planes) if planes else np.zeros((0, words), dtype=np.uint64)
-    missing_lw: np.ndarray | None = None
-    if any(plane is not None for plane in missing):
-        missing_lw = np.concatenate([np.zeros_like(b) if m is None else m for b, m in zip(planes, missing)])
     first = np.concatenate([[0], np.cumsum(np.where(ploidy.haploid(), 1, 2))]).astype(np.int64)
     if first[-1] != n:
         index = np.flatnonzero(np.stack([np.ones(len(names), bool), ~ploidy.haploid()], axis=1).ravel())
@@ -114,148 +84,11 @@ def read_vcf(path: str | Path, *, region: str | None = None, samples: Sequence[s
         bits_lw=bits_lw,
         n_haplotypes=int(first[-1]),
         missing_lw=missing_lw,
-        phased=phased,
-        contig=np.array(columns["contig"], dtype=str),
-        position_bp=np.array(columns["position_bp"], dtype=np.int64),
-        id=np.array(columns["id"], dtype=object),
-        ref=np.array(columns["ref"], dtype=object),
-        alt=np.array(columns["alt"], dtype=object),
-        alt_index=np.array(columns["alt_index"], dtype=np.int16),
+        phased=found.phased,
+        **found.columns,
         sample_ids=list(names),
         haplotypes_of_sample=first,
-        contig_length=dict(structure.header.contig_length),
-        assembly=structure.header.assembly,
-        notes=structure.notes + ploidy.notes(),
+        contig_length=dict(header.contig_length),
+        assembly=header.assembly,
+        notes=found.structure.notes + ploidy.notes(),
     )
-
-
-class Ploidy:
-    """Which samples are haploid, from all records seen."""
-
-    def __init__(self, n: int) -> None:
-        self.diploid_s = np.zeros(n, dtype=bool)  # a second allele was called, or is missing in a phased pair
-        self.haploid_s = np.zeros(n, dtype=bool)  # a call of one allele: "0", "." or "0/."
-        self.called_s = np.zeros(n, dtype=bool)  # such a call with its allele
-
-    def see(self, block: _Block) -> None:
-        first, second = block.alleles_bsp[:, :, 0], block.alleles_bsp[:, :, 1]
-        paired = (second >= 0) | ((second == _MISSING) & block.phased_bs)
-        single = (second == _ABSENT) | ((second == _MISSING) & ~block.phased_bs & (first >= 0))
-        self.diploid_s |= paired.any(axis=0)
-        self.haploid_s |= single.any(axis=0)
-        self.called_s |= (single & (first >= 0)).any(axis=0)
-
-    def haploid(self) -> np.ndarray:
-        return self.haploid_s & ~self.diploid_s
-
-    def notes(self) -> list[str]:
-        mixed = int((self.called_s & self.diploid_s).sum())
-        if not mixed:
-            return []
-        return [
-            f"{mixed} samples are haploid in some records and diploid in others; kept diploid, second allele missing"
-        ]
-
-
-def is_phased(block: _Block) -> bool:
-    """False where a called heterozygote is unphased."""
-    first, second = block.alleles_bsp[:, :, 0], block.alleles_bsp[:, :, 1]
-    return not bool(((first >= 0) & (second >= 0) & (first != second) & ~block.phased_bs).any())
-
-
-def blocks(
-    path: Path,
-    structure: vcf_structure.Structure,
-    keep: np.ndarray | None = None,
-    region: tuple[str, int, int] | None = None,
-) -> Iterator[_Block]:
-    """Decoded records of a file whose structure has been checked, a bounded number at a time."""
-    n = len(structure.header.samples) if keep is None else len(keep)
-    limit = int(np.clip(_BLOCK_BYTES // (8 * max(1, n)), 1, 4096))
-    alleles_bsp = np.empty((limit, n, 2), dtype=np.int16)
-    phased_bs = np.empty((limit, n), dtype=bool)
-    block, used, record = _new_block(alleles_bsp, phased_bs), 0, 0
-    if structure.n_records == 0:
-        return
-    try:
-        reader = cyvcf2.VCF(str(path))
-        # exactly the records that were checked: htslib crashes on what may follow them, an empty last line for one
-        for _, variant in zip(range(structure.n_records), reader):
-            record += 1
-            if region is not None and (region[0] != variant.CHROM or not region[1] <= variant.POS <= region[2]):
-                continue
-            alts = list(variant.ALT)
-            where = f"{path}, record {record} ({variant.CHROM}:{variant.POS})"
-            _decode(variant, len(alts), keep, alleles_bsp[used], phased_bs[used], where)
-            for k, alt in enumerate(alts or ["."], start=1):
-                block.row_record.append(used)
-                block.row_alt.append(k)
-                block.contig.append(variant.CHROM)
-                block.position_bp.append(variant.POS)
-                block.id.append(variant.ID or ".")
-                block.ref.append(variant.REF)
-                block.alt.append(alt)
-                block.alt_index.append(k if len(alts) > 1 else 0)
-            used += 1
-            if used == limit:
-                yield block
-                block, used = _new_block(alleles_bsp, phased_bs), 0
-        reader.close()
-    except InputError:
-        raise
-    except Exception as fault:  # cyvcf2 raises bare Exception and OSError
-        raise InputError("a file that htslib reads", str(fault), f"{path}, after record {record}") from None
-    if record < structure.n_records and structure.complete:
-        raise InputError(f"{structure.n_records} records", f"{record} that htslib could read", path)
-    if used:
-        block.alleles_bsp, block.phased_bs = alleles_bsp[:used], phased_bs[:used]
-        yield block
-
-
-def _new_block(alleles_bsp: np.ndarray, phased_bs: np.ndarray) -> _Block:
-    return _Block(alleles_bsp, phased_bs, [], [], [], [], [], [], [], [])
-
-
-def _decode(
-    variant: cyvcf2.Variant, alts: int, keep: np.ndarray | None, out_sp: np.ndarray, phased_s: np.ndarray, where: str
-) -> None:
-    """Alleles and phase of one record into `out_sp` (S, 2) and `phased_s` (S,)."""
-    if not len(phased_s):
-        return
-    genotype = variant.genotype if "GT" in variant.FORMAT else None
-    if genotype is None:
-        out_sp[:], phased_s[:] = _MISSING, False
-        return
-    array = genotype.array()  # (S, ploidy + 1) int16, the last column is the phase
-    if keep is not None:
-        array = array[keep]
-    ploidy = array.shape[1] - 1
-    out_sp[:, 0] = array[:, 0]
-    if ploidy == 1:
-        out_sp[:, 1], phased_s[:] = _ABSENT, False
-    else:
-        out_sp[:, 1], phased_s[:] = array[:, 1], array[:, ploidy] != 0
-        if ploidy > 2 and (array[:, 2:ploidy] != _ABSENT).any():
-            raise InputError(
-                "one or two alleles per genotype", f"up to {ploidy}", where, "polyploid calls are not read"
-            )
-    if alts == 0:
-        out_sp[out_sp > 0] = _MISSING  # an allele that has no name
-    elif out_sp.max() > alts:
-        raise InputError(f"allele numbers up to {alts}", f"{int(out_sp.max())}", where)
-
-
-def _parse_region(region: str | None, contigs: list[str], path: Path) -> tuple[str, int, int] | None:
-    if region is None:
-        return None
-    if region in contigs:
-        return region, 0, 2**31
-    found = re.fullmatch(r"(.+?)(?::([\d,]+)(?:(-)([\d,]+)?)?)?", region)
-    if found is None:
-        raise InputError("a region such as 22 or 22:16000000-17000000", repr(region), path)
-    contig, first, dash, last = found.groups()
-    low = int(first.replace(",", "")) if first else 0
-    high = int(last.replace(",", "")) if last else 2**31 if dash or not first else low
-    if high < low:
-        raise InputError("a region whose end is not before its start", repr(region), path)
-    return contig, low, high

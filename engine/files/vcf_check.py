@@ -109,17 +109,17 @@ def _serve() -> None:
 
 def _judge(path: Path) -> tuple[str, str]:
     """The verdict, in this process."""
-    from engine.files import vcf, vcf_structure
+    from engine.files import vcf_cyvcf2, vcf_structure
 
     try:
         deadline = time.monotonic() + _SECONDS
         structure = vcf_structure.inspect(path, thorough=True, deadline=deadline)
         notes = list(structure.notes)
-        ploidy = vcf.Ploidy(len(structure.header.samples))
+        ploidy = vcf_cyvcf2.Ploidy(len(structure.header.samples))
         phased, missing, no_alt = True, 0, 0
         complete = structure.complete
-        for block in vcf.blocks(path, structure):
-            phased &= vcf.is_phased(block)
+        for block in vcf_cyvcf2.blocks(path, structure):
+            phased &= vcf_cyvcf2.is_phased(block)
             ploidy.see(block)
             missing += int((block.alleles_bsp == -1).sum())
             no_alt += block.alt.count(".")

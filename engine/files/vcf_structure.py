@@ -35,7 +35,7 @@ _BREAKEND = re.compile(
     rb"[ACGTNRYSWKMBDHVacgtnryswkmbdhv.]*[\[\]][^\s\[\],]+:\d+[\[\]][ACGTNRYSWKMBDHVacgtnryswkmbdhv.]*"
 )
 _SINGLE = re.compile(rb"\.[ACGTNacgtn]+|[ACGTNacgtn]+\.")  # single breakends, section 5.4.9
-_FORMAT_KEY = re.compile(rb"[A-Za-z_](?:[0-9A-Za-z_.]|%[0-9A-F]{2})*")
+FORMAT_KEY = re.compile(rb"[A-Za-z_](?:[0-9A-Za-z_.]|%[0-9A-F]{2})*")
 _INFO_KEY = re.compile(rb"[A-Za-z_0-9][0-9A-Za-z_.]*")
 _GENOTYPE = rb"[/|]?(?:\.|\d{1,4})(?:[/|](?:\.|\d{1,4}))*"
 
@@ -140,8 +140,6 @@ def _walk_text(stream: IO[bytes], path: Path, thorough: bool, deadline: float | 
     made = Structure("vcf", header)
     if thorough:
         vcf_header.judge(header, made.note)
-    columns = header.n_columns
-    n = len(header.samples)
     order = _Order()
     number = len(lines)
     patterns: dict[int, re.Pattern[bytes]] = {}
@@ -161,21 +159,12 @@ def _walk_text(stream: IO[bytes], path: Path, thorough: bool, deadline: float | 
             if stream.read(1):
                 raise InputError("a record", "an empty line", where)
             break
-        found = line.count(b"\t") + 1
-        if found != columns:
-            raise InputError(f"{columns} columns", f"{found}", where)
-        if b"\0" in line:
-            raise InputError("text", "a zero byte", where)
-        cells = line.split(b"\t", 9)
-        contig, position, alts = _check_site(cells, made, where)
         before = order.position
-        order.check(contig, position, contig.decode("latin-1"), where)
-        if n:
-            _check_samples(cells, n, where, patterns)
+        cells, alts = check_line(line, made, where, patterns, order)
         if thorough:
             vcf_header.judge_record(cells, alts, header, made.note, number)
             here = b"\t".join((cells[0], cells[1], cells[3], cells[4]))
-            if position != before:
+            if order.position != before:
                 variants.clear()
             if here in variants:
                 made.note(f"line {number} repeats a variant")
@@ -185,6 +174,28 @@ def _walk_text(stream: IO[bytes], path: Path, thorough: bool, deadline: float | 
             made.complete = False
             break
     return made
+
+
+def check_line(
+    line: bytes, made: Structure, where: str, patterns: dict[int, re.Pattern[bytes]], order: _Order | None
+) -> tuple[list[bytes], int]:
+    """One line of text without its end: its first ten cells, the last of them all samples, and the number of ALT alleles.
+
+    `patterns` is kept from line to line; without `order` the line is judged alone.
+    """
+    columns, n = made.header.n_columns, len(made.header.samples)
+    found = line.count(b"\t") + 1
+    if found != columns:
+        raise InputError(f"{columns} columns", f"{found}", where)
+    if b"\0" in line:
+        raise InputError("text", "a zero byte", where)
+    cells = line.split(b"\t", 9)
+    contig, position, alts = _check_site(cells, made, where)
+    if order is not None:
+        order.check(contig, position, contig.decode("latin-1"), where)
+    if n:
+        _check_samples(cells, n, where, patterns)
+    return cells, alts
 
 
 def _check_site(cells: list[bytes], made: Structure, where: str) -> tuple[bytes, int, int]:
@@ -223,7 +234,7 @@ def _check_samples(cells: list[bytes], n: int, where: str, patterns: dict[int, r
     """FORMAT keys, and the shape of every sample's cell (section 1.6.2)."""
     keys = cells[8].split(b":")
     if cells[8] != b"." and (
-        any(_FORMAT_KEY.fullmatch(key) is None for key in keys) or len(set(keys)) != len(keys) or b"GT" in keys[1:]
+        any(FORMAT_KEY.fullmatch(key) is None for key in keys) or len(set(keys)) != len(keys) or b"GT" in keys[1:]
     ):
         raise InputError("FORMAT of distinct keys, GT first", repr(cells[8][:40].decode("latin-1")), where)
     rest = cells[9]
@@ -268,8 +279,7 @@ def _walk_bcf(stream: IO[bytes], path: Path, thorough: bool, deadline: float | N
     text = stream.read(length)
     if len(text) < length:
         raise InputError(f"a header of {length} bytes", f"{len(text)} bytes: truncated", path)
-    lines = [line.rstrip(b"\r") for line in text.rstrip(b"\0").rstrip(b"\r\n").split(b"\n")]
-    header = vcf_header.parse(lines, path)
+    header = vcf_header.parse(bcf_header_lines(text), path)
     made = Structure("bcf", header)
     if thorough:
         vcf_header.judge(header, made.note)
@@ -288,7 +298,7 @@ def _walk_bcf(stream: IO[bytes], path: Path, thorough: bool, deadline: float | N
         if len(record) < shared + individual:
             raise InputError("a whole record", "a truncated one", where)
         try:
-            chrom, position = _check_record(record, shared, header)
+            chrom, position = check_record(record, shared, header)
         except (ValueError, struct.error, IndexError, KeyError) as fault:
             raise InputError("a well-formed BCF record", str(fault), where) from None
         order.check(chrom, position, header.contig_of_index[chrom], where)
@@ -297,6 +307,10 @@ def _walk_bcf(stream: IO[bytes], path: Path, thorough: bool, deadline: float | N
             made.complete = False
             break
     return made
+
+
+def bcf_header_lines(text: bytes) -> list[bytes]:
+    return [line.rstrip(b"\r") for line in text.rstrip(b"\0").rstrip(b"\r\n").split(b"\n")]
 
 
 def _typed(record: bytes, at: int, end: int) -> tuple[int, int, int]:
@@ -330,7 +344,7 @@ def _key(record: bytes, at: int, end: int, known: dict[int, str]) -> tuple[str, 
     return known[index], at + _WIDTH[kind]
 
 
-def _check_record(record: bytes, shared: int, header: Header) -> tuple[int, int]:
+def check_record(record: bytes, shared: int, header: Header) -> tuple[int, int]:
     """Bounds of every value of one record; returns contig index and 1-based position."""
     chrom, pos, _, _, n_info, n_allele, sample_format = struct.unpack_from("<iiifHHI", record, 0)
     n_sample, n_format = sample_format & 0xFFFFFF, sample_format >> 24
