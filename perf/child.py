@@ -103,7 +103,9 @@ def _libraries() -> list[dict[str, Any]]:
 
 
 def _limit_threads(threads: int) -> None:
-    """What the environment does not reach; only for libraries that the bench file has imported already."""
+    """What the environment does not reach: processors, and libraries that the bench file has imported already."""
+    if threads == 1 and hasattr(os, "sched_setaffinity"):  # code that asks how many processors there are is told: one
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     if "faiss" in sys.modules:

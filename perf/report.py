@@ -126,10 +126,12 @@ def _of_machine(records: Sequence[Record]) -> dict[str, Any]:
         past = [r for r in records if r.key == record.key and r.run in runs and r.seconds and r.curve is None]
         drawing = plots.over_runs(past, runs) if past else ""
         rooms.setdefault(record.case.split(".")[0], []).append({"record": record, "plot": drawing})
-    glance = [
-        (f"{record.case} ({size_in_words(record)}) / {peer.name}", peer.ratio, peer.goal, peer.status == "ok" and peer.met is not False)
-        for record in now for peer in record.peers if peer.ratio is not None
-    ]  # fmt: skip
+    glance = []
+    for record in now:
+        for peer in record.peers:
+            if peer.ratio is not None:
+                label = f"{record.case} ({size_in_words(record)}) / {peer.name}"
+                glance.append((label, peer.ratio, peer.goal, peer.status == "ok" and peer.met is not False))
     by_id = {record.id: record for record in records}
     curves = []
     for record in latest(records, ("exponent",)):
