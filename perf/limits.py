@@ -51,9 +51,7 @@ def _register_loop(kind: ir.Type, chains: int, step: Callable[[Any, Any], Any]) 
             values = [builder.phi(kind) for _ in range(chains)]
             after = [step(builder, value) for value in values]
             for k, (value, following) in enumerate(zip(values, after, strict=True)):
-                start = ir.Constant(
-                    number, 2 * k + 3
-                )  # of no two chains the same, of none a fixed point: nothing folds
+                start = ir.Constant(number, 2 * k + 3)  # no two the same and no fixed point, or the compiler drops them
                 value.add_incoming(ir.Constant(kind, [start] * kind.count), entry)
                 value.add_incoming(following, loop)
             next_at = builder.add(at, ir.Constant(index, 1))

@@ -28,6 +28,9 @@ def newer(n):
     from engine.work import newer
     return newer(n)
 
+def elsewhere(n):
+    import engine.errors  # the installed engine has it, this checkout has not
+
 def broken(n):
     raise ValueError("cannot read /some/where/secret.bed")
 
@@ -44,6 +47,7 @@ def cases():
         Case("tiny.total", size, 2e4, "numbers", lambda: 20000, total, peers, floor_bytes=8, floor_ops=2e4, limit="popcount"),
         Case("tiny.broken", size, 2e4, "numbers", lambda: 20000, broken),
         Case("tiny.newer", size, 2e4, "numbers", lambda: 20000, newer),
+        Case("tiny.elsewhere", size, 2e4, "numbers", lambda: 20000, elsewhere),
         Case("tiny.long", size, 2e4, "numbers", lambda: 20000, total, quick=False),
     ]
 

@@ -16,7 +16,7 @@ def packed(alleles_ln):
 
 
 def drawn(sites, haplotypes, seed=0):
-    """Alleles, which samples are missing, and both as planes; unused high bits of the words are set, as poison."""
+    """Alleles, which samples are missing, and both as planes; of the unused high bits every other one is set, as poison."""
     rng = np.random.default_rng(seed)
     alleles_ln = rng.integers(0, 2, (sites, haplotypes), dtype=np.uint8)
     lost_ls = rng.random((sites, haplotypes // 2)) < 0.2
@@ -24,7 +24,7 @@ def drawn(sites, haplotypes, seed=0):
     missing_ln[:, 1::2] = 0  # one of the two bits is enough
     bits_lw, missing_lw = packed(alleles_ln), packed(missing_ln)
     if haplotypes % 64:
-        bits_lw[:, -1] |= np.uint64((2**64 - 1) & ~(2 ** (haplotypes % 64) - 1))
+        bits_lw[:, -1] |= np.uint64(0x5555555555555555 & ~(2 ** (haplotypes % 64) - 1))
     return alleles_ln, lost_ls, bits_lw, missing_lw
 
 

@@ -16,8 +16,8 @@ def test_run_keeps_a_record_of_everything(checkout, perf, tmp_path):
     assert file.parent.name == records.describe_machine()["name"]
     assert str(file) in said
     found = rows(history)
-    assert [row.kind for row in found] == ["file"] + ["case"] * 6 + ["exponent"]
-    assert len({row.id for row in found}) == 8
+    assert [row.kind for row in found] == ["file"] + ["case"] * 7 + ["exponent"]
+    assert len({row.id for row in found}) == 9
     by_key = {row.key: row for row in found if row.kind != "case" or row.curve is None}
     assert "long" not in str(by_key.keys())
     assert "1 cases are left out" in said
@@ -41,6 +41,7 @@ def test_run_keeps_a_record_of_everything(checkout, perf, tmp_path):
     assert peers["absent"].ratio is None
 
     assert by_key["tiny.broken[n=20000]"].why == "ValueError: cannot read secret.bed"
+    assert by_key["tiny.elsewhere[n=20000]"].why == "ModuleNotFoundError: No module named 'engine.errors'"
     assert "no_such_module" in by_key["perf/bench_bad.py"].why
     fit = by_key["tiny.total by n(n)"].fit
     assert len(fit.points) == 3
