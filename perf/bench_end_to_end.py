@@ -22,7 +22,7 @@ from perf.case import Case, Timed
 _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "imaging" / "demo_heads.yaml"
 _PANEL_PEOPLE, _PEOPLE, _SITES = 400, 200, 10_000
 _SCANS, _SAMPLED = 8, 1
-_STEPS = {"autoencoder": 3, "flow": 4}
+_STEPS = {"autoencoder": 3, "flow": 3}
 
 
 def cases() -> list[Case]:

@@ -16,8 +16,8 @@ from perf.case import Case
 
 
 def bench_files(root: Path) -> list[Path]:
-    """Every bench file under `root`/perf, sorted."""
-    return sorted((root / "perf").rglob("bench_*.py"))
+    """Every bench file under `root`/perf, the deeper first: kernels before whole stages, which a budget may leave out."""
+    return sorted((root / "perf").rglob("bench_*.py"), key=lambda path: (-len(path.parts), path))
 
 
 def load(path: Path) -> ModuleType:
@@ -47,8 +47,18 @@ def cases(module: ModuleType) -> list[Case]:
 
 
 def curves(module: ModuleType) -> dict[str, list[Case]]:
-    """Scaling curves of a bench file."""
-    return dict(module.curves()) if hasattr(module, "curves") else {}
+    """Scaling curves of a bench file, by what identifies them through all history: "ld.matrix_phased by sites".
+
+    Raises:
+        ValueError: a curve has not one axis, or two have the same case and axis.
+    """
+    found: dict[str, list[Case]] = {}
+    for points in module.curves().values() if hasattr(module, "curves") else ():
+        name = f"{points[0].name} by {axis(points)}"
+        if name in found:
+            raise ValueError(f"two curves of {name}")
+        found[name] = list(points)
+    return found
 
 
 def axis(points: list[Case]) -> str:

@@ -237,7 +237,7 @@ def _peer(
 def fitted(curve: str, axis: str, points: list[Record]) -> dict[str, Any]:
     """Fields of the record that says how the cost of a curve grows."""
     fields: dict[str, Any] = {
-        "kind": "exponent", "key": f"{curve}({axis})", "case": curve, "curve": curve, "bench": points[0].bench,
+        "kind": "exponent", "key": curve, "case": curve, "curve": curve, "bench": points[0].bench,
         "threads": points[0].threads, "clock": points[0].clock,
     }  # fmt: skip
     good = [point for point in points if point.seconds is not None]

@@ -146,6 +146,20 @@ def test_a_curve_has_one_axis():
             find.axis(wrong)
 
 
+def test_curves_are_named_by_case_and_axis():
+    class Bench:
+        @staticmethod
+        def curves():
+            points = [Case("a.b", {"n": n, "m": 1}, 1.0, "x", lambda: 0, lambda _: 0) for n in (1, 2, 3)]
+            return {"one": points, "two": points} if Bench.twice else {"anything": points}
+
+    Bench.twice = False
+    assert list(find.curves(Bench)) == ["a.b by n"]
+    Bench.twice = True
+    with pytest.raises(ValueError, match="two curves"):
+        find.curves(Bench)
+
+
 def test_patterns():
     assert find.matches(None, "ld.r2[sites=5]")
     assert find.matches("ld", "ld.r2[sites=5]")

@@ -43,7 +43,7 @@ def test_run_keeps_a_record_of_everything(checkout, perf, tmp_path):
     assert by_key["tiny.broken[n=20000]"].why == "ValueError: cannot read secret.bed"
     assert by_key["tiny.elsewhere[n=20000]"].why == "ModuleNotFoundError: No module named 'engine.errors'"
     assert "no_such_module" in by_key["perf/bench_bad.py"].why
-    fit = by_key["tiny.total by n(n)"].fit
+    fit = by_key["tiny.total by n"].fit
     assert len(fit.points) == 3
     assert 0.6 < fit.exponent < 1.4
     assert fit.points == [row.id for row in found if row.kind == "case" and row.curve == "tiny.total by n"]
