@@ -60,7 +60,8 @@ def over_runs(records: Sequence[Record], runs: Sequence[str]) -> str:
     place = {run: x for x, run in enumerate(runs)}
     peers = list(dict.fromkeys(peer.name for record in records for peer in record.peers if peer.seconds))
     with plt.rc_context(_RC):
-        drawing, axis = plt.subplots(figsize=(4.6, 3.0))
+        columns = 2 if max(map(len, peers), default=0) < 22 else 1
+        drawing, axis = plt.subplots(figsize=(4.6, 2.7 + 0.2 * math.ceil((len(peers) + 1) / columns)))
         for k, name in enumerate(peers):
             points = [(place[r.run], p.seconds) for r in records for p in r.peers if p.name == name and p.seconds]
             _series(axis, points, name, _PEERS[k % len(_PEERS)], _MARKS[k % len(_MARKS)], _DASHES[k % len(_DASHES)])
@@ -72,7 +73,7 @@ def over_runs(records: Sequence[Record], runs: Sequence[str]) -> str:
         axis.set_xlim(-0.5, len(runs) - 0.5)
         axis.grid(axis="x", visible=False)
         if peers:
-            drawing.legend(loc="outside upper center", ncols=2, columnspacing=1.2)
+            drawing.legend(loc="outside upper center", ncols=columns, columnspacing=1.2)
         return _svg(drawing)
 
 
@@ -117,7 +118,7 @@ def _series(axis: Axes, points: Sequence[tuple[float, Spread]], label: str, colo
 
 
 def _log(axis: Axes, which: str, words: Any) -> None:
-    """Logarithmic axis labelled in plain words, at 1, 2 and 5 where it is short."""
+    """Logarithmic axis labelled in plain words, the more densely the shorter it is."""
     side = axis.xaxis if which == "x" else axis.yaxis
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
@@ -125,7 +126,8 @@ def _log(axis: Axes, which: str, words: Any) -> None:
     if decades < 0.4:  # a flat line: zooming into its noise would draw a mountain
         middle = math.sqrt(low * high)
         (axis.set_xlim if which == "x" else axis.set_ylim)(middle / 1.8, middle * 1.8)
-    side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+    side.set_major_locator(LogLocator(subs=steps))
     side.set_minor_locator(NullLocator())
     side.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
     side.set_minor_formatter(NullFormatter())

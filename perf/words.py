@@ -47,7 +47,7 @@ def in_words(record: Record) -> str:
 def shares(record: Record) -> str:
     """ "87% of popcount, 12% of copy", as far as floors were given."""
     parts = {record.limit: record.limit_share, "copy": record.copy_share}
-    return ", ".join(f"{share:.0%} of {name}" for name, share in parts.items() if share is not None)
+    return ", ".join(f"{100 * share:.2g}% of {name}" for name, share in parts.items() if share is not None)
 
 
 def peer_in_words(peer: PeerRecord) -> str:
