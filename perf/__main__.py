@@ -30,7 +30,9 @@ def run(
     limits: Annotated[bool, typer.Option(help="measure what the machine can do at best first")] = True,
     repeats: Annotated[int | None, typer.Option(min=1, help="timed runs; default: the case's own, at least 5")] = None,
     budget_seconds: Annotated[float | None, typer.Option(help="cases that begin later are recorded as not run")] = None,
-    case_seconds: Annotated[float, typer.Option(help="longest that one case may take")] = 300.0,
+    case_seconds: Annotated[
+        float | None, typer.Option(help="longest for one case; default: 300, or 3600 for a long one")
+    ] = None,
     root: Root = ROOT,
     history: History = None,
 ) -> None:

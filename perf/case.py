@@ -59,7 +59,7 @@ class Case:
         size: what makes it large, {"sites": 10000, "haplotypes": 5008}.
         work, unit: what is done once, 5e7 "pairs"; the rate of the record is work / seconds.
         prepare: makes the inputs; not timed, deterministic. The same inputs serve every repetition: `run` must not
-            change them.
+            change them. The working directory is scratch: files may be left in it.
         run: inputs -> result. Timed: CPU time of this process and its children for one thread, wall time for more.
         peers: other software doing the same.
         floor_bytes: fewest bytes that must pass through memory, read plus written.

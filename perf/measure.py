@@ -56,6 +56,8 @@ def one_line(error: BaseException) -> str:
 class PeakMemory:
     """Highest resident memory since `start`, above what was resident then; exact where Linux can reset its mark."""
 
+    _before: int | None = None
+
     def start(self) -> None:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # memory that the allocator kept would be used again unseen

@@ -201,8 +201,8 @@ def write_bed(
     with open(f"{prefix}.bed", "wb") as stream:
         stream.write(b"\x6c\x1b\x01")
         stream.write(np.ascontiguousarray(bytes_lb).tobytes())
-    position_bp = _positions(position_bp, len(bits_lw))
-    Path(f"{prefix}.bim").write_text("".join(f"1\ts{k}\t0\t{p}\tC\tA\n" for k, p in enumerate(position_bp)))
+    places = _positions(position_bp, len(bits_lw))
+    Path(f"{prefix}.bim").write_text("".join(f"1\ts{k}\t0\t{p}\tC\tA\n" for k, p in enumerate(places)))
     Path(f"{prefix}.fam").write_text("".join(f"0\tp{k}\t0\t0\t0\t-9\n" for k in range(samples)))
     return prefix
 
@@ -229,8 +229,8 @@ def write_pgen(
                 lost_ln = np.repeat(lost_ln[:, 0::2] | lost_ln[:, 1::2], 2, axis=1)
                 alleles_ln[lost_ln != 0] = -9
             out.append_alleles_batch(alleles_ln, all_phased=True)
-    position_bp = _positions(position_bp, len(bits_lw))
-    rows = "".join(f"1\t{p}\ts{k}\tA\tC\n" for k, p in enumerate(position_bp))
+    places = _positions(position_bp, len(bits_lw))
+    rows = "".join(f"1\t{p}\ts{k}\tA\tC\n" for k, p in enumerate(places))
     Path(f"{prefix}.pvar").write_text("#CHROM\tPOS\tID\tREF\tALT\n" + rows)
     Path(f"{prefix}.psam").write_text("#IID\tSEX\n" + "".join(f"p{k}\tNA\n" for k in range(samples)))
     return prefix

@@ -29,7 +29,7 @@ from perf.record import Bench, Fit, PeerRecord, Record
 from perf.words import in_words, limits_in_words
 
 _PACKAGES = ("numpy", "numba", "llvmlite", "torch", "triton", "scipy")
-_CASE_SECONDS = 300.0
+_CASE_SECONDS, _LONG_CASE_SECONDS = 300.0, 3600.0
 _CACHES_KEPT = 4
 LEAST_REPEATS = 5
 
@@ -47,7 +47,7 @@ class Wanted:
     limits: bool = True
     repeats: int | None = None
     budget_seconds: float | None = None
-    case_seconds: float = _CASE_SECONDS
+    case_seconds: float | None = None
 
 
 def run(wanted: Wanted, history: Path, tell: Callable[[str], None]) -> Path:
@@ -107,7 +107,7 @@ def run(wanted: Wanted, history: Path, tell: Callable[[str], None]) -> Path:
             if wanted.budget_seconds is not None and spent > wanted.budget_seconds:
                 fields = {"status": "not run", "why": f"the budget of {wanted.budget_seconds:.0f} s was spent"}
             else:
-                seconds = wanted.case_seconds
+                seconds = wanted.case_seconds or (_CASE_SECONDS if item.case["quick"] else _LONG_CASE_SECONDS)
                 if wanted.budget_seconds is not None:  # the last case may overdraw by a minute, no more
                     seconds = min(seconds, wanted.budget_seconds - spent + 60)
                 fields = _measured(item, wanted, root, folder, cache, limits[item.case["threads"]], seconds)
@@ -167,6 +167,9 @@ def ask(
             os.killpg(process.pid, signal.SIGKILL)  # the programs that it started as well
             process.communicate()
             return {"why": f"ran past {seconds:.0f} s"}
+        except BaseException:  # an interrupt reaches only this process: the child is in a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         lines = said.strip().splitlines()
         if process.returncode == 0 and lines:
             return dict(json.loads(lines[-1]))
