@@ -105,27 +105,37 @@ class _Contestant:
     inputs: Any
     readings: Readings
     times: int = 1
+    timed_by_itself: bool = False
 
     def warm_up(self, threads: int) -> Any:
-        """First run, which may compile: its result. A second one tells how many runs make a reading; a peer that was slow
-        in its first is spared the second."""
-        seconds, result = timed(self.run, self.inputs, threads)
-        if isinstance(result, Timed):
+        """First run, which may compile: its result. A second one for its memory, and for how many runs make a reading."""
+        _, result = timed(self.run, self.inputs, threads)
+        self.timed_by_itself = isinstance(result, Timed)
+        if self.timed_by_itself:
             return result.result
-        if seconds < 60 * _SHORT_SECONDS or self.readings.name == "ours":
-            self.times = runs_in_a_row(timed(self.run, self.inputs, threads)[0])
+        self.times = runs_in_a_row(self._with_memory(threads)[0])
         return result
 
     def read(self, threads: int) -> None:
+        gc.collect()
+        if self.timed_by_itself:
+            seconds, result = self._with_memory(threads)
+            self.readings.note = result.note
+        else:
+            seconds, _ = timed(self.run, self.inputs, threads, self.times)
+        self.readings.seconds.append(seconds)
+
+    def _with_memory(self, threads: int) -> tuple[float, Any]:
+        """One run and the memory it took; its seconds count only where it times itself, because memory that was given back
+        to the system must be paged in again."""
         memory = PeakMemory()
         memory.start()
-        seconds, result = timed(self.run, self.inputs, threads, self.times)
+        seconds, result = timed(self.run, self.inputs, threads)
         above = memory.above_bytes()
         if isinstance(result, Timed):
-            self.readings.note = result.note
             above = result.peak_bytes or above
-        self.readings.seconds.append(seconds)
         self.readings.peak_bytes = max(self.readings.peak_bytes, above)
+        return seconds, result
 
 
 def measure(case: Case, *, peers: bool, repeats: int | None = None) -> tuple[Readings, list[Readings]]:
