@@ -22,10 +22,13 @@ apt_install() { # only what is not there: apt-get update costs seconds
 }
 
 fetch_source() { # the tarballs of plink2, checked by apt against Debian's signed index
-  local keys=/usr/share/keyrings/debian-archive-keyring.gpg options
+  local keys=/usr/share/keyrings/debian-archive-keyring.gpg options mirror
+  # the mirror this machine already uses for Debian itself
+  mirror=$(apt-get indextargets --format '$(SITE)' | grep -E '/debian/?$' | sort -u | head -n 1)
+  [ -n "$mirror" ] || { echo "no mirror of Debian in the sources of apt" >>"$log"; return 1; }
   [ -f "$keys" ] || apt_install debian-archive-keyring
   mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial" "$cache/plink2"
-  echo "deb-src [signed-by=$keys] http://deb.debian.org/debian trixie main" >"$cache/apt/sources.list"
+  echo "deb-src [signed-by=$keys] $mirror trixie main" >"$cache/apt/sources.list"
   options=(-o "Dir::Etc::sourcelist=$cache/apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$cache/apt/lists"
     -o "Dir::Cache=$cache/apt" -o Dir::State::status=/dev/null -o APT::Sandbox::User=root)
   apt-get "${options[@]}" update -qq >>"$log" 2>&1
