@@ -1,0 +1,160 @@
+"""What becomes of tiles when no matrix is wanted, on the CPU: lists of pairs above a threshold, LD scores, decay by distance.
+
+Each block row is a task of its own; whatever the number of threads, lists come in the same order and sums are made in the same.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from engine.kernels.bits.tiles import BLOCK
+from engine.kernels.ld.checks import Sites
+from engine.kernels.ld.numba_tiles import CODES, Planes, blocks, each, run, tile
+
+
+def threshold(
+    first: Sites, other: Sites | None, end_l: np.ndarray | None, least: np.float32, measure: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """i, j int64 and value float32 where |value| >= least: i < j < end_l[i] of one set, or every pair of two; by i, then j."""
+    a, b = blocks(first, other)
+    here = len(first.bits_lw)
+    if other is not None:
+        end_l = np.full(here, len(other.bits_lw), dtype=np.int64)
+    assert end_l is not None
+    found = list(each(lambda k: _above(CODES[measure], a, b, other is None, end_l, least, k), len(a.p0)))
+    if not found:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    i, j, value = (np.concatenate(part) for part in zip(*found))
+    return i, j, value
+
+
+@numba.njit(cache=True, nogil=True)
+def _above(
+    code: int, a: Planes, b: Planes, same: bool, end_l: np.ndarray, least: np.float32, i: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs of block row i, sorted. Hits come tile by tile, so each row keeps its own place: counted, then laid out."""
+    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK), dtype=np.float32)
+    i0, i1 = i * BLOCK, min(len(end_l), (i + 1) * BLOCK)
+    per_row = np.zeros(BLOCK, dtype=np.int64)
+    rows, columns, kept = np.empty(256, dtype=np.uint8), np.empty(256, dtype=np.int64), np.empty(256, dtype=np.float32)
+    hits = 0
+    for j in range(i if same else 0, (end_l[i1 - 1] + BLOCK - 1) // BLOCK):
+        j0 = j * BLOCK
+        tile(code, a, i, b, j, counts, values, 0, 0)
+        for r in range(i1 - i0):
+            some = False
+            for c in range(BLOCK):  # one test for 32 cells: hits are rare
+                some |= np.abs(values[r, c]) >= least
+            if not some:
+                continue
+            site = i0 + r
+            if hits + BLOCK > len(kept):
+                rows, columns, kept = _doubled(rows), _doubled(columns), _doubled(kept)
+            for c in range(max(site + 1, j0) - j0 if same else 0, min(end_l[site] - j0, BLOCK)):
+                value = values[r, c]
+                if np.abs(value) >= least:
+                    rows[hits], columns[hits], kept[hits] = r, j0 + c, value
+                    hits += 1
+                    per_row[r] += 1
+    place = np.zeros(BLOCK, dtype=np.int64)
+    for r in range(1, BLOCK):
+        place[r] = place[r - 1] + per_row[r - 1]
+    at_i, at_j, out = np.empty(hits, dtype=np.int64), np.empty(hits, dtype=np.int64), np.empty(hits, dtype=np.float32)
+    for k in range(hits):
+        r = rows[k]
+        at_i[place[r]], at_j[place[r]], out[place[r]] = i0 + r, columns[k], kept[k]
+        place[r] += 1
+    return at_i, at_j, out
+
+
+@numba.njit(cache=True, nogil=True)
+def _doubled(array: np.ndarray) -> np.ndarray:
+    longer = np.empty(2 * len(array), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def score(first: Sites, end_l: np.ndarray, adjusted: bool) -> np.ndarray:
+    """float64 (L,): sum of r2 with the site itself and with every site in whose window it is or that is in its window."""
+    a, _ = blocks(first)
+    code = CODES["r2_adjusted" if adjusted else "r2"]
+    sums_l = np.zeros(len(a.p0) * BLOCK)
+    for i, (along, across) in enumerate(each(lambda k: _score_row(code, a, end_l, k), len(a.p0))):
+        sums_l[i * BLOCK : (i + 1) * BLOCK] += along
+        sums_l[i * BLOCK : i * BLOCK + len(across)] += across
+    own_l = np.empty(len(end_l))
+    _own(a, own_l)
+    return sums_l[: len(end_l)] + own_l
+
+
+@numba.njit(cache=True, nogil=True)
+def _score_row(code: int, a: Planes, end_l: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of block row i, for its own sites (32,) and for the sites of its window, from its first site on."""
+    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK))
+    i0, i1 = i * BLOCK, min(len(end_l), (i + 1) * BLOCK)
+    last = max(i + 1, (end_l[i1 - 1] + BLOCK - 1) // BLOCK)
+    along, across = np.zeros(BLOCK), np.zeros((last - i) * BLOCK)
+    for j in range(i, last):
+        j0 = j * BLOCK
+        tile(code, a, i, a, j, counts, values, 0, 0)
+        for r in range(i1 - i0):
+            site = i0 + r
+            for c in range(max(site + 1, j0) - j0, min(end_l[site] - j0, BLOCK)):
+                value = values[r, c]
+                if value == value:
+                    along[r] += value
+                    across[j0 - i0 + c] += value
+    return along, across
+
+
+@numba.njit(cache=True, nogil=True)
+def _own(a: Planes, own_l: np.ndarray) -> None:
+    """1, the r2 of a site with itself, or NaN where it does not vary: the diagonal of the diagonal tiles."""
+    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK))
+    for i in range(a.p0.shape[0]):
+        tile(0, a, i, a, i, counts, values, 0, 0)
+        for r in range(min(BLOCK, len(own_l) - i * BLOCK)):
+            own_l[i * BLOCK + r] = values[r, r]
+
+
+def decay(first: Sites, position_l: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of r2 (float64) and number of pairs (int64) per distance bin; the matrix is never held."""
+    a, _ = blocks(first)
+    sums, counts = np.zeros((len(a.p0), len(edges) - 1)), np.zeros((len(a.p0), len(edges) - 1), dtype=np.int64)
+    run(lambda k: _decay_row(a, position_l, edges, sums[k], counts[k], k), len(a.p0))
+    return sums.sum(axis=0), counts.sum(axis=0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _decay_row(
+    a: Planes, position_l: np.ndarray, edges: np.ndarray, sums: np.ndarray, pairs: np.ndarray, i: int
+) -> None:
+    """Histogram of block row i. Positions rise along a row, so the bin only moves up: no search per pair."""
+    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK))
+    sites, bins = len(position_l), len(edges) - 1
+    i0, i1 = i * BLOCK, min(sites, (i + 1) * BLOCK)
+    bin_r = np.zeros(BLOCK, dtype=np.int64)
+    for j in range(i, a.p0.shape[0]):
+        j0, j1 = j * BLOCK, min(sites, (j + 1) * BLOCK)
+        if position_l[j1 - 1] - position_l[i0] < edges[0]:
+            continue
+        if position_l[j0] - position_l[i1 - 1] >= edges[bins]:
+            break
+        tile(0, a, i, a, j, counts, values, 0, 0)
+        for r in range(i1 - i0):
+            b = bin_r[r]
+            start = position_l[i0 + r]
+            for c in range(max(j0, i0 + r + 1) - j0, j1 - j0):
+                distance = position_l[j0 + c] - start
+                if distance < edges[0]:
+                    continue
+                while b < bins and distance >= edges[b + 1]:
+                    b += 1
+                if b == bins:
+                    break
+                value = values[r, c]
+                if value == value:
+                    sums[b] += value
+                    pairs[b] += 1
+            bin_r[r] = b

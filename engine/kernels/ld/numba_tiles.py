@@ -1,0 +1,264 @@
+"""Values of one 32 x 32 tile of pairs on the CPU: counts by `bits.tiles`, then the formulas of reference_values.py in vectors.
+
+Everything else in this room (matrix, band, lists, histograms, scores) is a sink that asks for tiles here. Sinks are ordinary
+Numba functions without threads; `each` runs them over block rows in threads, in an order that no thread count changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numba
+import numpy as np
+
+from engine.kernels import bits
+from engine.kernels.bits.tiles import BLOCK, and_tile, ctpop, dot_tile, interleaved
+from engine.kernels.ld.checks import Sites
+
+CODES = {"r2": 0, "r": 1, "d": 2, "d_prime": 3, "r2_adjusted": 4}
+PHASED, UNPHASED, PHASED_MISSING, UNPHASED_MISSING = 0, 1, 2, 3
+Result = TypeVar("Result")
+
+
+class Planes(NamedTuple):
+    """Sites as the kernels read them.
+
+    kind: one of the four above. n: haplotypes or people. p0 ... p3: uint64, interleaved (blocks, W, 32) or rows (L, W):
+    the alleles, or `nonzero`, `negative` of dosage - 1; where something is missing also `positive`, `observed`; planes that
+    a kind does not need are p0 again. sum_l, variance_l: float64 (L,) or (blocks * 32,), of what each site has: sum, and n
+    times the sum of squares less the square of the sum.
+    """
+
+    kind: int
+    n: int
+    p0: np.ndarray
+    p1: np.ndarray
+    p2: np.ndarray
+    p3: np.ndarray
+    sum_l: np.ndarray
+    variance_l: np.ndarray
+
+
+def rows(sites: Sites, missing: bool) -> Planes:
+    """Planes with a row for each site; `missing`: of a missing kind, whether or not this set misses anything."""
+    if sites.unphased:
+        made = bits.dosage_planes(sites.bits_lw, sites.n, sites.missing_lw, implementation="numba")
+        nonzero, negative, observed = made.nonzero_lw, made.negative_lw, made.observed_lw
+        planes = (
+            (nonzero, negative, nonzero & ~negative, observed) if missing else (nonzero, negative, nonzero, nonzero)
+        )
+        n = sites.n // 2
+    else:
+        alleles, n = _masked(sites.bits_lw, sites.n), sites.n
+        if missing and sites.missing_lw is not None:
+            observed = _masked(~sites.missing_lw, n)
+            alleles = alleles & observed
+        elif missing:
+            observed = _masked(np.full_like(alleles, np.uint64(2**64 - 1)), n)
+        planes = (alleles, alleles, alleles, observed if missing else alleles)
+    sum_l, variance_l = np.zeros(len(planes[0])), np.zeros(len(planes[0]))
+    kind = int(sites.unphased) + 2 * int(missing)
+    _moments(kind, n, planes[0], planes[1], planes[3], sum_l, variance_l)
+    return Planes(kind, n, *planes, sum_l, variance_l)
+
+
+def blocks(sites: Sites, other: Sites | None = None) -> tuple[Planes, Planes]:
+    """Interleaved planes of both sets (the same object twice where `other` is None)."""
+    missing = misses(sites) or (other is not None and misses(other))
+    first = blocks_of(rows(sites, missing))
+    return first, first if other is None else blocks_of(rows(other, missing))
+
+
+def misses(sites: Sites) -> bool:
+    """Whether a genotype is missing at all: a plane of zeros takes the fast path and gives the same values."""
+    return sites.missing_lw is not None and bool(_masked(sites.missing_lw, sites.n).any())
+
+
+def blocks_of(planes: Planes) -> Planes:
+    """Planes with a row for each site, interleaved."""
+    done: dict[int, np.ndarray] = {}
+    for plane in planes[2:6]:
+        if id(plane) not in done:
+            done[id(plane)] = interleaved(plane)
+    p0, p1, p2, p3 = (done[id(plane)] for plane in planes[2:6])
+    sum_l, variance_l = np.zeros(len(p0) * BLOCK), np.zeros(len(p0) * BLOCK)
+    sum_l[: len(planes.sum_l)], variance_l[: len(planes.sum_l)] = planes.sum_l, planes.variance_l
+    return Planes(planes.kind, planes.n, p0, p1, p2, p3, sum_l, variance_l)
+
+
+def _masked(bits_lw: np.ndarray, n: int) -> np.ndarray:
+    """`bits_lw` with nothing beyond haplotype n; a copy only where there was something."""
+    if n % 64 and bits_lw.size and (bits_lw[:, -1] >> np.uint64(n % 64)).any():
+        bits_lw = bits_lw.copy()
+        bits_lw[:, -1] &= np.uint64((1 << (n % 64)) - 1)
+    return bits_lw
+
+
+def each(task: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """task(0), task(1), ... in this order, computed by `numba.get_num_threads()` threads, few of them ahead of the reader.
+
+    The tasks are compiled functions that release the interpreter. Threads of Python, not Numba's: a task may return an array
+    of a size that it alone knows, and the reader may pass it on before the last one is done.
+    """
+    threads = min(numba.get_num_threads(), count)
+    if threads <= 1:
+        yield from map(task, range(count))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = [pool.submit(task, k) for k in range(min(count, 4 * threads))]
+        for k in range(count):
+            yield ahead.pop(0).result()
+            if k + 4 * threads < count:
+                ahead.append(pool.submit(task, k + 4 * threads))
+
+
+def run(task: Callable[[int], None], count: int) -> None:
+    """`each` for tasks that write their result where it belongs."""
+    for _ in each(task, count):
+        pass
+
+
+@numba.njit(cache=True, nogil=True)
+def _moments(
+    kind: int, n: int, p0: np.ndarray, p1: np.ndarray, p3: np.ndarray, sum_l: np.ndarray, variance_l: np.ndarray
+) -> None:
+    for site in range(p0.shape[0]):
+        ones = ones_in_row(p0, site)
+        total = np.float64(ones - 2 * ones_in_row(p1, site) if kind & 1 else ones)
+        seen = ones_in_row(p3, site) if kind >= PHASED_MISSING else n
+        sum_l[site] = total
+        variance_l[site] = seen * np.float64(ones) - total * total
+
+
+@numba.njit(cache=True, nogil=True)
+def ones_in_row(plane: np.ndarray, row: int) -> int:
+    ones = np.uint64(0)
+    for w in range(plane.shape[1]):
+        ones += ctpop(plane[row, w])  # type: ignore[call-arg]
+    return np.int64(ones)  # type: ignore[return-value]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def formula(code: int, n: float, halves: float, sx: float, sy: float, vx: float, vy: float, x: float) -> float:
+    """The value of one pair, float64, as reference_values.py defines it; `halves` is 2 for dosages, 1 for haplotypes."""
+    if code == 0:
+        return x * x / (vx * vy)
+    if code == 1:
+        return x / np.sqrt(vx * vy)
+    if code == 2:
+        return x / (n * n * halves)
+    if code == 3:
+        if x > 0:
+            return x / min(sx * (n - sy), (n - sx) * sy)
+        return x / min(sx * sy, (n - sx) * (n - sy))
+    r2 = x * x / (vx * vy)
+    return r2 - (1.0 - r2) / (n - 2.0) if n > 2 else np.nan
+
+
+_CELLS = BLOCK * BLOCK
+
+
+@numba.njit(cache=True, nogil=True)
+def tile(
+    code: int, a: Planes, i: int, b: Planes, j: int, counts: np.ndarray, out: np.ndarray, r0: int, c0: int
+) -> None:
+    """out[r0 : r0 + 32, c0 : c0 + 32], float32 or float64: values of block i of `a` against block j of `b`.
+
+    `counts`: int32 (6 * 1024,), scratch. Lanes beyond the last site get values that mean nothing.
+    """
+    halves = 2.0 if a.kind & 1 else 1.0
+    tile_sums(a, i, b, j, counts)
+    if a.kind == PHASED or a.kind == UNPHASED:
+        i0, i1, j0, j1 = i * BLOCK, (i + 1) * BLOCK, j * BLOCK, (j + 1) * BLOCK
+        _complete(
+            code, np.float64(a.n), halves, a.sum_l[i0:i1], a.variance_l[i0:i1], b.sum_l[j0:j1], b.variance_l[j0:j1],
+            counts, out, r0, c0,
+        )  # fmt: skip
+    else:
+        _observed(code, halves, counts, out, r0, c0)
+
+
+@numba.njit(cache=True, nogil=True)
+def tile_sums(a: Planes, i: int, b: Planes, j: int, counts: np.ndarray) -> None:
+    """counts, int32 (6 * 1024,): sums of products, and where something is missing sx, sxx, sy, syy and n after it."""
+    if a.kind == PHASED:
+        and_tile(a.p0, i, b.p0, j, counts[:_CELLS])
+    elif a.kind == UNPHASED:
+        dot_tile(a.p0, a.p1, i, b.p0, b.p1, j, counts[:_CELLS])
+    elif a.kind == PHASED_MISSING:
+        and_tile(a.p0, i, b.p0, j, counts[:_CELLS])
+        and_tile(a.p0, i, b.p3, j, counts[_CELLS : 2 * _CELLS])
+        and_tile(a.p3, i, b.p0, j, counts[3 * _CELLS : 4 * _CELLS])
+        counts[2 * _CELLS : 3 * _CELLS] = counts[_CELLS : 2 * _CELLS]
+        counts[4 * _CELLS : 5 * _CELLS] = counts[3 * _CELLS : 4 * _CELLS]
+        and_tile(a.p3, i, b.p3, j, counts[5 * _CELLS :])
+    else:
+        dot_tile(a.p0, a.p1, i, b.p0, b.p1, j, counts[:_CELLS])
+        and_tile(a.p2, i, b.p3, j, counts[_CELLS : 2 * _CELLS])
+        and_tile(a.p1, i, b.p3, j, counts[2 * _CELLS : 3 * _CELLS])
+        and_tile(a.p3, i, b.p2, j, counts[3 * _CELLS : 4 * _CELLS])
+        and_tile(a.p3, i, b.p1, j, counts[4 * _CELLS : 5 * _CELLS])
+        for at in (_CELLS, 3 * _CELLS):  # dosage - 1 is 1 in p2 and -1 in p1: sum, and sum of squares
+            for k in range(at, at + _CELLS):
+                ones, negatives = counts[k], counts[k + _CELLS]
+                counts[k] = ones - negatives
+                counts[k + _CELLS] = ones + negatives
+        and_tile(a.p3, i, b.p3, j, counts[5 * _CELLS :])
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _complete(
+    code: int,
+    n: float,
+    halves: float,
+    sum_i: np.ndarray,
+    variance_i: np.ndarray,
+    sum_j: np.ndarray,
+    variance_j: np.ndarray,
+    counts: np.ndarray,
+    out: np.ndarray,
+    r0: int,
+    c0: int,
+) -> None:
+    """`formula` over a tile where nothing is missing. The measure is asked for once a row, so that the loops have no branch."""
+    for r in range(BLOCK):
+        sx, vx, at = sum_i[r], variance_i[r], r * BLOCK
+        if code == 0:
+            for c in range(BLOCK):
+                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
+                out[r0 + r, c0 + c] = formula(0, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+        elif code == 1:
+            for c in range(BLOCK):
+                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
+                out[r0 + r, c0 + c] = formula(1, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+        elif code == 2:
+            for c in range(BLOCK):
+                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
+                out[r0 + r, c0 + c] = formula(2, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+        elif code == 3:
+            for c in range(BLOCK):
+                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
+                out[r0 + r, c0 + c] = formula(3, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+        else:
+            for c in range(BLOCK):
+                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
+                out[r0 + r, c0 + c] = formula(4, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _observed(code: int, halves: float, counts: np.ndarray, out: np.ndarray, r0: int, c0: int) -> None:
+    """`formula` over a tile of counts sxy, sx, sxx, sy, syy, n, each int32 (1024,)."""
+    for r in range(BLOCK):
+        for c in range(BLOCK):
+            k = r * BLOCK + c
+            sx, sy, n = (
+                np.float64(counts[k + _CELLS]),
+                np.float64(counts[k + 3 * _CELLS]),
+                np.float64(counts[k + 5 * _CELLS]),
+            )
+            x = n * np.float64(counts[k]) - sx * sy
+            vx = n * np.float64(counts[k + 2 * _CELLS]) - sx * sx
+            vy = n * np.float64(counts[k + 4 * _CELLS]) - sy * sy
+            out[r0 + r, c0 + c] = formula(code, n, halves, sx, sy, vx, vy, x)
