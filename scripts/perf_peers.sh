@@ -24,6 +24,7 @@ apt_install() { # only what is not there: apt-get update costs seconds
 fetch_source() { # the tarballs of plink2, checked by apt against Debian's signed index
   local keys=/usr/share/keyrings/debian-archive-keyring.gpg options mirror
   # the mirror this machine already uses for Debian itself
+  # shellcheck disable=SC2016
   mirror=$(apt-get indextargets --format '$(SITE)' | grep -E '/debian/?$' | sort -u | head -n 1)
   [ -n "$mirror" ] || { echo "no mirror of Debian in the sources of apt" >>"$log"; return 1; }
   [ -f "$keys" ] || apt_install debian-archive-keyring
