@@ -39,7 +39,7 @@ _HEAD, _TAIL = 18, 8
 _intrinsic: Any = intrinsic  # called with one argument less than defined, which a type checker cannot know
 
 
-_Job = tuple[bytes, np.ndarray, int]  # compressed bytes, blocks, bytes of the file used so far
+_Job = tuple[np.ndarray, np.ndarray, int]  # compressed bytes, blocks, bytes of the file used so far
 
 
 class Irregular(Exception):
@@ -121,28 +121,30 @@ def _from_blocks(raw: IO[bytes], threads: int) -> Generator[tuple[np.ndarray, in
 
 
 def _jobs(raw: IO[bytes]) -> Iterator[_Job]:
-    """(compressed bytes, blocks, bytes of the file used so far): as many blocks as fill one piece.
+    """(compressed bytes, blocks, bytes of the file used so far): as many blocks as one piece holds and one read gave.
 
     `blocks` int64 (B, 4): first byte, end, inflated length, CRC.
     """
-    data, at, used = b"", 0, 0
+    data, at, used = np.empty(0, dtype=np.uint8), 0, 0
     blocks_bk = np.empty((_MOST_BLOCKS, 4), dtype=np.int64)
     while True:
-        count, end, whole = _find_blocks(np.frombuffer(data, dtype=np.uint8), at, _PIECE, blocks_bk)
+        count, end, whole = _find_blocks(data, at, _PIECE, blocks_bk)
         if count < 0:
             raise Irregular("a block that is no BGZF")
-        if whole:  # more of the file is wanted before the piece is full
-            more = raw.read(_RAW)
-            if more:
-                data, at = data[at:] + more, 0
-                continue
-            if end != len(data):
-                raise Irregular("a truncated block")
-        if count == 0:
-            return
-        used += end - at
-        yield data, blocks_bk[:count].copy(), used
-        at = end
+        if count:
+            used += end - at
+            yield data, blocks_bk[:count].copy(), used
+            at = end
+        if whole:  # what is left of the data ends within a block
+            left = len(data) - at
+            more = np.empty(left + _RAW, dtype=np.uint8)
+            more[:left] = data[at:]
+            got = raw.readinto(more[left:].data)  # type: ignore[attr-defined]
+            if not got:
+                if left:
+                    raise Irregular("a truncated block")
+                return
+            data, at = more[: left + got], 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -184,7 +186,7 @@ def _inflate(job: _Job, array: np.ndarray) -> int:
     alloc, free, decompress, crc32 = _FUNCTIONS
     decompressor = alloc()
     try:
-        at = _inflate_all(decompress, crc32, decompressor, np.frombuffer(data, dtype=np.uint8), blocks_bk, array, FRONT)
+        at = _inflate_all(decompress, crc32, decompressor, data, blocks_bk, array, FRONT)
     finally:
         free(decompressor)
     if at < 0:
@@ -192,9 +194,9 @@ def _inflate(job: _Job, array: np.ndarray) -> int:
     return int(at)
 
 
-def _inflate_by_block(data: bytes, blocks_bk: np.ndarray, array: np.ndarray) -> int:
+def _inflate_by_block(data: np.ndarray, blocks_bk: np.ndarray, array: np.ndarray) -> int:
     """`_inflate` by the package's own functions: a copy and some microseconds more for each block."""
-    source, target, at = memoryview(data), array.data, FRONT
+    source, target, at = data.data, array.data, FRONT
     for first, end, length, crc in blocks_bk.tolist():
         try:
             block = deflate.deflate_decompress(source[first + _HEAD : end - _TAIL], length)

@@ -22,6 +22,7 @@ from engine.files.vcf_write import write_vcf
 
 __all__ = ["check", "read_vcf", "write_vcf"]
 
+_MOST_THREADS = 16  # by default; decoding does not keep up with more
 Implementation = Literal["numba", "cyvcf2"]
 
 
@@ -46,7 +47,7 @@ def read_vcf(
         region: "contig" or "contig:first-last" (1-based, inclusive, by POS). The file is read through; no index is needed.
         samples: names to keep, in this order.
         implementation: None takes "numba", and "cyvcf2" where that says no; the answer and the errors are the same.
-        threads: that inflate; default as many as Numba uses.
+        threads: that inflate; default as many as Numba uses, at most 16.
 
     Raises:
         InputError: damaged or unsorted file, more than two alleles per call, allele number beyond ALT, unknown sample or
@@ -58,7 +59,9 @@ def read_vcf(
         raise UsageError("implementation numba or cyvcf2", repr(implementation), "read_vcf")
     if implementation != "cyvcf2":
         try:
-            found = vcf_fast.read(path, region, samples, numba.get_num_threads() if threads is None else threads)
+            found = vcf_fast.read(
+                path, region, samples, min(numba.get_num_threads(), _MOST_THREADS) if threads is None else threads
+            )
             return _genotypes(found, region, path)
         except vcf_fast.Irregular as reason:
             if implementation == "numba":

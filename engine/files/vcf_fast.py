@@ -55,15 +55,21 @@ def read(path: Path, region: str | None, samples: Sequence[str] | None, threads:
             raise Irregular("a region that cannot be used") from None
         made = Rows(Structure(kind, header), raw_header, keep, bounds)
         step = _bcf_step(source, made) if kind == "bcf" else _text_step(source, made)
+        full_at = -1
         while True:
             status = step()
             if status == t.FULL:
+                if made.state[t.RECORDS] == 0 and source.at == full_at:
+                    raise Irregular("a record for which no room can be made")
+                full_at = source.at
                 made.drain(source.share)
             elif status == t.REJECTED:
                 raise Irregular(f"record {made.state[t.COUNT] + 1}")
             elif not source.more():
                 if kind == "bcf" or source.at == source.end or source.buffer[source.end - 1] == ord("\n"):
                     break
+                if source.buffer[source.end - 1] == ord("\r"):
+                    raise Irregular("a last line that ends with half a line end")
                 source.buffer[source.end] = ord("\n")  # the last line may lack it
                 source.end += 1
         if source.at != source.end:
@@ -208,8 +214,8 @@ def _text_step(source: _Bytes, made: Rows) -> Callable[[], int]:
             if status != t.NEW_FORMAT:
                 return status
             text = source.buffer[state[t.TEXT_AT] : state[t.TEXT_END]].tobytes()
-            if len(text) > vcf_fast_text.MOST_NAME:
-                raise Irregular("a long FORMAT")
+            if not 0 < len(text) <= vcf_fast_text.MOST_NAME:
+                raise Irregular("an empty or a long FORMAT")
             place = learned % len(known.formats)
             known.formats[place, : len(text) + 1] = [len(text), *text]
             known.format_types[place] = _kinds(text, header)

@@ -193,6 +193,38 @@ def text_to_bytes(typingctx: Any, text: Any, at: Any, groups: Any, out: Any, out
     return signature, codegen
 
 
+@_intrinsic
+def places_of(typingctx: Any, text: Any, at: Any, characters: Any) -> Any:
+    """Of 64 bytes: where each of the literal `characters` is, and at last where digits are; uint64 each."""
+    if not isinstance(characters, types.StringLiteral):
+        return None
+    wanted = characters.literal_value
+    signature = types.UniTuple(types.uint64, len(wanted) + 1)(text, types.intp, characters)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v = builder.load(_vector_at(builder, args[0], args[1]), align=1)
+        found = [builder.icmp_unsigned("==", v, _same(ord(c))) for c in wanted]
+        found.append(builder.icmp_unsigned("<", builder.sub(v, _same(ord("0"))), _same(10)))
+        return cgutils.pack_array(builder, [_mask(builder, truth) for truth in found])
+
+    return signature, codegen
+
+
+@_intrinsic
+def count_ones(typingctx: Any, word: Any) -> Any:
+    return types.int64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+@_intrinsic
+def lowest_one(typingctx: Any, word: Any) -> Any:
+    """Place of the lowest one of a word that is not zero."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
+
+
 @numba.njit(cache=True, nogil=True)
 def decode(
     gt: Any,

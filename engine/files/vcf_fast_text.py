@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.files import vcf_fast_table as t
 from engine.files.vcf_fast_bits import MOST_ALTS, decode, pointer, text_to_bytes
-from engine.files.vcf_fast_cells import cells
+from engine.files.vcf_fast_cells import INTEGER, cells, integer_cells
 from engine.files.vcf_fast_table import Out, Places
 
 MOST_NAME = 255  # bytes of a contig's name, and of a FORMAT
@@ -129,6 +129,8 @@ def walk(buffer: np.ndarray, state: np.ndarray, samples: int, known: Known, out:
                 line_end = -1
                 if keys == 1:
                     line_end = _plain_cells(b, first, end, samples, gt)
+                elif _is_integers(types, f * known.format_types.shape[1]):
+                    line_end = integer_cells(b, first, end, samples, keys, gt)
                 if line_end < 0:
                     line_end = cells(b, first, end, samples, types, f * known.format_types.shape[1], gt)
             if line_end < 0:
@@ -273,6 +275,14 @@ def _learn_filter(b: Any, at: int, end: int, filters: np.ndarray) -> None:
             for i in range(end - at):
                 filters[k, 1 + i] = b[at + i]
             return
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_integers(types: Any, at: int) -> bool:
+    for k in range(1, types[at]):  # noqa: SIM110
+        if types[at + k] != INTEGER:
+            return False
+    return True
 
 
 @numba.njit(cache=True, nogil=True)

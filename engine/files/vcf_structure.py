@@ -83,8 +83,9 @@ def inspect(path: Path, *, thorough: bool = False, deadline: float | None = None
         raise InputError("a VCF or BCF file", "an empty file", path)
     try:
         with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
-            start = stream.peek(5)[:5] if hasattr(stream, "peek") else b""
-            walk = _walk_bcf if start[:3] == b"BCF" else _walk_text
+            start = stream.read(3)
+            stream.seek(0)
+            walk = _walk_bcf if start == b"BCF" else _walk_text
             return walk(cast(IO[bytes], stream), path, thorough, deadline)
     except (EOFError, zlib.error, gzip.BadGzipFile) as fault:
         raise InputError("a whole compressed file", f"damage or truncation ({fault})", path) from None
