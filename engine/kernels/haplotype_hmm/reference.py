@@ -1,8 +1,27 @@
-"""The copying model straight from its recursion, in float64 NumPy: the specification the fast versions are held to."""
+"""The copying model straight from its recursions, in float64 NumPy: the specification the fast versions are held to.
+
+States are laid out as in the door: (A, K) here, flattened to a * K + k in what is returned. Without an ancestry chain
+A is 1 and its switch is 0.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
+
+
+class Chain(NamedTuple):
+    """What one target moves by: alleles_lk uint8, target_l uint8, switch_l, mismatch_l, redraw_l (of the group),
+    prior_a, prior_ak, each row of sum 1."""
+
+    alleles_lk: np.ndarray
+    target_l: np.ndarray
+    switch_l: np.ndarray
+    mismatch_l: np.ndarray
+    redraw_l: np.ndarray
+    prior_a: np.ndarray
+    prior_ak: np.ndarray
 
 
 def unpack(bits_lw: np.ndarray, k: int) -> np.ndarray:
@@ -10,36 +29,78 @@ def unpack(bits_lw: np.ndarray, k: int) -> np.ndarray:
     return np.unpackbits(bits_lw.astype("<u8", copy=False).view(np.uint8), axis=1, bitorder="little")[:, :k]
 
 
-def target_prior(k: int, prior_k: np.ndarray | None, exclude_e: np.ndarray | None) -> np.ndarray:
-    """Prior over the states that one target may copy, float64 (k,), sum 1."""
-    prior = np.full(k, 1.0 / k) if prior_k is None else prior_k.copy()
-    if exclude_e is not None:
-        prior[exclude_e[exclude_e >= 0]] = 0
-    return prior / prior.sum()
+def chains(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    prior_k: np.ndarray | None,
+    exclude_ne: np.ndarray | None,
+    ancestry: Any,
+) -> list[Chain]:
+    """The chain of each target, its excluded states with prior 0."""
+    alleles_lk = unpack(reference_lw, k)
+    made = []
+    for n, target_l in enumerate(target_nl):
+        prior_ak = np.full((1, k), 1.0 / k) if prior_k is None else prior_k[None].copy()
+        prior_a, redraw_l = np.ones(1), np.zeros(len(switch_l))
+        if ancestry is not None:
+            prior_ak, prior_a, redraw_l = ancestry.prior_ak.copy(), ancestry.prior_a, ancestry.switch_l
+        if exclude_ne is not None:
+            prior_ak[:, exclude_ne[n][exclude_ne[n] >= 0]] = 0
+        prior_ak = prior_ak / prior_ak.sum(axis=1, keepdims=True)
+        made.append(Chain(alleles_lk, target_l, switch_l, mismatch_l, redraw_l, prior_a, prior_ak))
+    return made
 
 
-def emission(reference_k: np.ndarray, allele: int, mismatch: float) -> np.ndarray:
+def emission(chain: Chain, site: int) -> np.ndarray:
     """e_l(k) of one site: 1 - mismatch on a match, mismatch otherwise, 1 where the target is missing."""
+    allele, mismatch = chain.target_l[site], chain.mismatch_l[site]
     if allele == 255:
-        return np.ones(len(reference_k))
-    return np.where(reference_k == allele, 1 - mismatch, mismatch)
+        return np.ones(chain.alleles_lk.shape[1])
+    return np.where(chain.alleles_lk[site] == allele, 1 - mismatch, mismatch)
 
 
-def forward(
-    alleles_lk: np.ndarray, target_l: np.ndarray, switch_l: np.ndarray, mismatch_l: np.ndarray, prior_k: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scaled forward states (L, K), each row of sum 1, and the normalisers (L,), whose logs sum to the result."""
-    states = np.empty(alleles_lk.shape)
-    scale = np.empty(len(alleles_lk))
-    for site in range(len(alleles_lk)):
-        before = prior_k if site == 0 else (1 - switch_l[site]) * states[site - 1] + switch_l[site] * prior_k
-        states[site] = emission(alleles_lk[site], target_l[site], mismatch_l[site]) * before
-        scale[site] = states[site].sum()
+def forward(chain: Chain) -> tuple[np.ndarray, np.ndarray]:
+    """Scaled forward states (L, A, K), each site of sum 1, and the normalisers (L,), whose logs sum to the result."""
+    sites = len(chain.target_l)
+    states = np.full((sites, *chain.prior_ak.shape), np.nan)
+    scale = np.zeros(sites)
+    before = chain.prior_a[:, None] * chain.prior_ak
+    for site in range(sites):
+        if site > 0:
+            switch, redraw = chain.switch_l[site], chain.redraw_l[site]
+            of_group_a = states[site - 1].sum(axis=1)
+            enter_a = (1 - redraw) * switch * of_group_a + redraw * chain.prior_a * of_group_a.sum()
+            before = (1 - redraw) * (1 - switch) * states[site - 1] + enter_a[:, None] * chain.prior_ak
+        state = emission(chain, site) * before
+        scale[site] = state.sum()
         if scale[site] == 0:
-            states[site:], scale[site:] = np.nan, 0
             break
-        states[site] /= scale[site]
+        states[site] = state / scale[site]
     return states, scale
+
+
+def backward(chain: Chain) -> tuple[np.ndarray, np.ndarray]:
+    """Backward states (L, A, K) over the states of prior > 0, scaled at each site to a prior mean of 1, and the logs
+    (L,) of what they were divided by: exp(log) * state is the probability of all later alleles given the state."""
+    sites = len(chain.target_l)
+    allowed = chain.prior_ak > 0
+    states, logs = np.empty((sites, *chain.prior_ak.shape)), np.zeros(sites)
+    if sites:
+        states[-1] = allowed
+    for site in range(sites - 2, -1, -1):
+        switch, redraw = chain.switch_l[site + 1], chain.redraw_l[site + 1]
+        seen = emission(chain, site + 1) * states[site + 1]
+        of_group_a = (chain.prior_ak * seen).sum(axis=1)
+        enter_a = (1 - redraw) * switch * of_group_a + redraw * (chain.prior_a @ of_group_a)
+        state = ((1 - redraw) * (1 - switch) * seen + enter_a[:, None]) * allowed
+        mean = chain.prior_a @ (chain.prior_ak * state).sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            states[site] = state / mean
+            logs[site] = logs[site + 1] + np.log(mean)
+    return states, logs
 
 
 def log_likelihood(
@@ -51,15 +112,54 @@ def log_likelihood(
     *,
     prior_k: np.ndarray | None = None,
     exclude_ne: np.ndarray | None = None,
+    ancestry: Any = None,
+    dtype: Any = np.float64,
 ) -> np.ndarray:
-    """As the door's `log_likelihood`."""
-    alleles_lk = unpack(reference_lw, k)
-    result = np.empty(len(target_nl))
-    for n, target_l in enumerate(target_nl):
-        prior = target_prior(k, prior_k, None if exclude_ne is None else exclude_ne[n])
+    """As the door's `log_likelihood`; `dtype` is always float64."""
+    made = chains(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry)
+    with np.errstate(divide="ignore"):
+        return np.array([np.log(forward(chain)[1]).sum() for chain in made], dtype=np.float64)
+
+
+def states(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    site_s: np.ndarray,
+    *,
+    direction: str,
+    prior_k: np.ndarray | None = None,
+    exclude_ne: np.ndarray | None = None,
+    ancestry: Any = None,
+    dtype: Any = np.float64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As the door's `forward_states` and `backward_states`."""
+    made = chains(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry)
+    groups = 1 if ancestry is None else len(ancestry.prior_a)
+    found, logs = np.empty((len(made), len(site_s), groups * k)), np.empty((len(made), len(site_s)))
+    for n, chain in enumerate(made):
+        all_states, scale = forward(chain)
         with np.errstate(divide="ignore"):
-            result[n] = np.log(forward(alleles_lk, target_l, switch_l, mismatch_l, prior)[1]).sum()
-    return result
+            all_logs = np.cumsum(np.log(scale))
+        if direction == "backward":
+            possible = (scale > 0).all()
+            all_states, all_logs = backward(chain)
+            if not possible:
+                all_states[:], all_logs[:] = np.nan, -np.inf
+        found[n] = all_states[site_s].reshape(len(site_s), -1)
+        logs[n] = all_logs[site_s]
+    return found, logs
+
+
+def _posterior(chain: Chain) -> np.ndarray:
+    """float64 (L, A, K), each site of sum 1; NaN for an impossible target."""
+    forward_states, scale = forward(chain)
+    if (scale == 0).any():
+        return np.full(forward_states.shape, np.nan)
+    gamma = forward_states * backward(chain)[0]
+    return gamma / gamma.sum(axis=(1, 2), keepdims=True)
 
 
 def posterior(
@@ -71,24 +171,84 @@ def posterior(
     *,
     prior_k: np.ndarray | None = None,
     exclude_ne: np.ndarray | None = None,
+    ancestry: Any = None,
+    dtype: Any = np.float64,
 ) -> np.ndarray:
-    """As the door's `posterior`.
-
-    gamma_l(k) ~ f_l(k) b_l(k) with b_{l-1}(j) = (1-r) e_l(j) b_l(j) + r sum_k prior(k) e_l(k) b_l(k).
-    """
-    alleles_lk = unpack(reference_lw, k)
-    result = np.empty((*target_nl.shape, k))
-    for n, target_l in enumerate(target_nl):
-        prior = target_prior(k, prior_k, None if exclude_ne is None else exclude_ne[n])
-        states, _ = forward(alleles_lk, target_l, switch_l, mismatch_l, prior)
-        backward = np.ones(k)
-        for site in range(len(alleles_lk) - 1, -1, -1):
-            gamma = states[site] * backward
-            result[n, site] = gamma / gamma.sum()
-            seen = emission(alleles_lk[site], target_l[site], mismatch_l[site]) * backward
-            backward = (1 - switch_l[site]) * seen + switch_l[site] * (prior @ seen)
-            backward /= backward.max() or 1
+    """As the door's `posterior`."""
+    made = chains(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry)
+    groups = 1 if ancestry is None else len(ancestry.prior_a)
+    result = np.empty((*target_nl.shape, groups * k))
+    for n, chain in enumerate(made):
+        result[n] = _posterior(chain).reshape(len(switch_l), -1)
     return result
+
+
+def posterior_sums(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    *,
+    label_k: np.ndarray | None = None,
+    labels: int = 0,
+    top: int = 0,
+    prior_k: np.ndarray | None = None,
+    exclude_ne: np.ndarray | None = None,
+    ancestry: Any = None,
+    dtype: Any = np.float64,
+) -> tuple[np.ndarray | None, ...]:
+    """As the door's `posterior_sums`, its fields in order.
+
+    A switch between l-1 and l has posterior weight (1 - redraw_l) switch_l sum_a F_{l-1}(a) G_l(a) and a redraw of the
+    group redraw_l F_{l-1} sum_a prior(a) G_l(a), with F(a) = sum_k f(a,k) and G_l(a) = sum_k prior_a(k) e_l(k) b_l(a,k),
+    out of the weight of everything, sum f_{l-1} b_{l-1}.
+    """
+    made = chains(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry)
+    groups = 1 if ancestry is None else len(ancestry.prior_a)
+    n, sites = target_nl.shape
+    log_likelihood_n = np.empty(n)
+    dosage_nl, mismatch_nl, switch_nl, redraw_nl = (np.zeros((n, sites)) for _ in range(4))
+    ancestry_nla, label_nlg = np.zeros((n, sites, groups)), np.zeros((n, sites, labels))
+    top_state_nlm, top_weight_nlm = np.full((n, sites, top), -1, np.int32), np.zeros((n, sites, top))
+    for i, chain in enumerate(made):
+        gamma = _posterior(chain)
+        forward_states, scale = forward(chain)
+        backward_states, _ = backward(chain)
+        with np.errstate(divide="ignore"):
+            log_likelihood_n[i] = np.log(scale).sum()
+        for site in range(sites):
+            of_state = gamma[site].sum(axis=0)
+            alleles = chain.alleles_lk[site]
+            dosage_nl[i, site] = of_state @ alleles
+            if chain.target_l[site] != 255:
+                mismatch_nl[i, site] = of_state @ (alleles != chain.target_l[site])
+            else:
+                mismatch_nl[i, site] = 0 * of_state.sum()  # NaN for an impossible target
+            ancestry_nla[i, site] = gamma[site].sum(axis=1)
+            for label in range(labels):
+                label_nlg[i, site, label] = of_state[label_k == label].sum()
+            flat = gamma[site].reshape(-1)
+            order = np.argsort(-flat, kind="stable")[:top]
+            top_weight_nlm[i, site, : len(order)] = flat[order]
+            top_state_nlm[i, site, : len(order)] = np.where(flat[order] > 0, order, -1)
+            if site > 0:
+                seen = emission(chain, site) * backward_states[site]
+                of_group_a = (chain.prior_ak * seen).sum(axis=1)
+                before_a = forward_states[site - 1].sum(axis=1)
+                switch, redraw = chain.switch_l[site], chain.redraw_l[site]
+                stayed = (1 - redraw) * (1 - switch) * (forward_states[site - 1] * seen).sum()
+                switched = (1 - redraw) * switch * (before_a @ of_group_a)
+                redrawn = redraw * before_a.sum() * (chain.prior_a @ of_group_a)
+                everything = stayed + switched + redrawn
+                with np.errstate(invalid="ignore"):  # an impossible target
+                    switch_nl[i, site] = switched / everything
+                    redraw_nl[i, site] = redrawn / everything
+    return (
+        log_likelihood_n, dosage_nl, mismatch_nl, switch_nl,
+        redraw_nl if ancestry is not None else None, ancestry_nla if ancestry is not None else None,
+        label_nlg if labels else None, top_state_nlm if top else None, top_weight_nlm if top else None,
+    )  # fmt: skip
 
 
 def posterior_paths(
@@ -101,34 +261,45 @@ def posterior_paths(
     *,
     prior_k: np.ndarray | None = None,
     exclude_ne: np.ndarray | None = None,
+    ancestry: Any = None,
+    dtype: Any = np.float64,
 ) -> np.ndarray:
     """As the door's `posterior_paths`.
 
-    Given z at site l+1, the state at l is z itself without a switch, with weight (1-r) f_l(z); or there was a switch,
-    of weight r prior(z) in all, and the state is drawn from f_l. One uniform decides both: what it leaves over after
-    the first choice is uniform again.
+    Given z = (a, k) at site l+1, the state at l is z itself with weight (1-s)(1-r) f_l(z); or the haplotype was drawn
+    anew, weight (1-s) r prior_a(k) F_l(a), and the state is drawn from f_l(a, .); or the group was, weight
+    s prior(a) prior_a(k) F_l, and the state is drawn from all f_l. One uniform decides all of it: what it leaves over
+    after a choice is uniform again.
     """
-    alleles_lk = unpack(reference_lw, k)
+    made = chains(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry)
     paths = np.full(target_nl.shape, -1, dtype=np.int32)
-    for n, target_l in enumerate(target_nl):
-        prior = target_prior(k, prior_k, None if exclude_ne is None else exclude_ne[n])
-        states, scale = forward(alleles_lk, target_l, switch_l, mismatch_l, prior)
+    for n, chain in enumerate(made):
+        states, scale = forward(chain)
         if (scale == 0).any():
             continue
-        for site in range(len(alleles_lk) - 1, -1, -1):
+        for site in range(len(scale) - 1, -1, -1):
             left = uniforms_nl[n, site]
-            if site + 1 < len(alleles_lk):
-                here = paths[n, site + 1]
-                stay = (1 - switch_l[site + 1]) * states[site, here]
-                change = switch_l[site + 1] * prior[here]
-                left = left * (stay + change) - stay
-                if left < 0 or change == 0:
+            first, stop = 0, states[site].size
+            if site + 1 < len(scale):
+                here = int(paths[n, site + 1])
+                a, state = divmod(here, k)
+                switch, redraw = chain.switch_l[site + 1], chain.redraw_l[site + 1]
+                stay = (1 - redraw) * (1 - switch) * states[site, a, state]
+                change = (1 - redraw) * switch * chain.prior_ak[a, state] * states[site, a].sum()
+                anew = redraw * chain.prior_a[a] * chain.prior_ak[a, state] * states[site].sum()
+                left = left * (stay + change + anew) - stay
+                if left < 0 or change + anew == 0:
                     paths[n, site] = here
                     continue
-                left /= change
-            mass = np.cumsum(states[site])
+                if left < change or anew == 0:
+                    left /= change
+                    first, stop = a * k, (a + 1) * k
+                else:
+                    left = (left - change) / anew
+            mass = np.cumsum(states[site].reshape(-1)[first:stop])
             drawn = np.searchsorted(mass, left * mass[-1], side="right")
-            paths[n, site] = min(drawn, np.flatnonzero(states[site])[-1])
+            last = np.flatnonzero(states[site].reshape(-1)[first:stop])[-1]
+            paths[n, site] = first + min(drawn, last)
     return paths
 
 

@@ -1,7 +1,9 @@
-"""The copying model's likelihood on the GPU: one program per small block of targets, states in a float32 buffer.
+"""The copying model on the GPU; the kernels are in `triton_kernels`.
 
-A block of targets shares each load of reference bits. Alleles are unpacked on the fly by shift and mask; the division
-by the sum of site l is folded into site l+1, as on the CPU, and logs are summed in float64.
+The likelihood of a plain chain over up to LAUNCH["forward"]["most_states"] haplotypes keeps its states in registers. All
+else goes through global memory by stretches of sqrt(L) sites: states are kept before each stretch, then each stretch is walked
+again with all its states kept, and read backward. Targets are taken in batches, so that this needs no more than BUDGET
+bytes at a time.
 """
 
 from __future__ import annotations
@@ -11,132 +13,408 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
-from engine.errors import Unsupported, UsageError
+from engine.kernels.haplotype_hmm import triton_kernels as kernels
 
-BLOCK_N = 4  # targets per program
-BLOCK_K = 1024  # states per step
+INTERPRETED = triton.knobs.runtime.interpret
 
-
-@triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
-    bits_ptr, target_ptr, switch_ptr, mismatch_ptr, prior_ptr, state_ptr, result_ptr,
-    n_targets, sites, half_words, padded, prior_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """bits int32 (L, half_words), target uint8 (N, L), prior float32 (1 or N, padded), state zeros (N, padded)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = rows < n_targets
-    rows64 = rows.to(tl.int64)
-    scale = tl.full((BLOCK_N,), 1.0, tl.float64)
-    total = tl.zeros((BLOCK_N,), tl.float64)
-    row_ptr = bits_ptr
-    for site in range(sites):
-        allele = tl.load(target_ptr + rows64 * sites + site, mask=live, other=255).to(tl.int32)
-        enter = tl.load(switch_ptr + site)
-        mismatch = tl.load(mismatch_ptr + site)
-        enter = tl.where(site == 0, 1.0, enter)
-        keep = ((1.0 - enter) / scale).to(tl.float32)
-        missing = allele == 255
-        if_same = tl.where(missing, 1.0, 1.0 - mismatch).to(tl.float32)
-        if_other = tl.where(missing, 1.0, mismatch).to(tl.float32)
-        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(0, padded, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
-            half_word = columns // 32
-            word = tl.load(row_ptr + half_word, mask=half_word < half_words, other=0)
-            bit = (word >> (columns % 32)) & 1
-            at = rows64[:, None] * padded + columns[None, :]
-            old = tl.load(state_ptr + at, mask=live[:, None], other=0.0)
-            prior_at = rows64[:, None] * prior_stride + columns[None, :]
-            prior = tl.load(prior_ptr + prior_at, mask=live[:, None], other=0.0)
-            mixed = old * keep[:, None] + prior * enter.to(tl.float32)
-            made = mixed * tl.where(bit[None, :] == allele[:, None], if_same[:, None], if_other[:, None])
-            tl.store(state_ptr + at, made, mask=live[:, None])
-            sums += made
-        scale = tl.sum(sums.to(tl.float64), axis=1)
-        possible = scale > 0
-        scale = tl.where(possible, scale, 1.0)
-        total += tl.where(possible, tl.log(scale), float("-inf"))
-        row_ptr += half_words
-    tl.store(result_ptr + rows, total, mask=live)
+# how kernels are launched; a tuning file may replace single entries
+LAUNCH: dict[str, dict[str, int]] = {
+    "forward": {"targets": 2, "warps": 8, "most_states": 16384},
+    "walk": {"tile": 1024, "warps": 4},
+    "smooth": {"tile": 1024, "warps": 4},
+    "draw": {"tile": 1024, "warps": 4},
+    "materialise": {"sites": 64, "warps": 1},
+}
+BUDGET = 2**30  # bytes of states held at a time
 
 
-def _tensor(array: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    made = array if isinstance(array, torch.Tensor) else torch.as_tensor(np.asarray(array))
-    return made.to(device=device, dtype=dtype).contiguous()
+class Problem:
+    """Everything that the kernels read, on the device.
+
+    Attributes:
+        bits: int32 (L, half_words). target: uint8 (N, L). switch, redraw, mismatch: float64 (L,). prior: (1 or N, A, padded)
+        of the state's dtype; prior_a: float64 (A,).
+    """
+
+    def __init__(
+        self, reference_lw: Any, k: int, target_nl: Any, switch_l: np.ndarray, mismatch_l: np.ndarray, prior_k: Any,
+        exclude_ne: Any, ancestry: Any, dtype: np.dtype,
+    ) -> None:  # fmt: skip
+        self.device, self.k = target_nl.device, k
+        self.n, self.sites = target_nl.shape
+        self.dtype = torch.float32 if dtype == np.float32 else torch.float64
+        self.target = target_nl
+        self.bits = reference_lw.view(torch.int32)
+        self.half_words = self.bits.shape[1]
+        self.switch, self.mismatch = self._put(switch_l), self._put(mismatch_l)
+        self.redraw = torch.zeros_like(self.switch) if ancestry is None else self._put(ancestry.switch_l)
+        self.prior_a = self._put(np.ones(1) if ancestry is None else ancestry.prior_a)
+        self.groups = len(self.prior_a)
+        self.padded_groups = triton.next_power_of_2(self.groups)
+        tile = max(LAUNCH[name]["tile"] for name in ("walk", "smooth", "draw"))
+        self.padded = triton.cdiv(k, tile) * tile
+        self.uniform = prior_k is None and ancestry is None and exclude_ne is None
+        prior = torch.full((1, 1, k), 1.0 / k, dtype=torch.float64, device=self.device)
+        if prior_k is not None:
+            prior = self._put(prior_k)[None, None]
+        if ancestry is not None:
+            prior = self._put(ancestry.prior_ak)[None]
+        if exclude_ne is not None:
+            exclude = torch.as_tensor(exclude_ne, device=self.device)
+            marked = torch.zeros((self.n, k + 1), dtype=torch.bool, device=self.device)
+            marked.scatter_(1, torch.where(exclude < 0, k, exclude), True)  # column k takes the padding
+            prior = prior.expand(self.n, -1, k).masked_fill(marked[:, None, :k], 0.0)
+            prior = prior / prior.sum(-1, keepdim=True)
+        self.prior = torch.nn.functional.pad(prior, (0, self.padded - k)).to(self.dtype).contiguous()
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, dtype=torch.float64, device=self.device)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def batches(self, rows: int) -> list[slice]:
+        """Targets that may be held at a time with `rows` rows of states each."""
+        size = rows * self.groups * self.padded * self.prior.element_size()
+        step = max(1, BUDGET // max(size, 1))
+        return [slice(first, min(first + step, self.n)) for first in range(0, self.n, step)]
+
+
+class Walk:
+    """A batch of targets on its way through the sites: F_a after each site, float64 (n, L + 1, GROUPS), and the
+    likelihood so far, mantissa * 2 ** exponent, mantissa 0 where it is 0."""
+
+    def __init__(self, problem: Problem, batch: slice) -> None:
+        self.problem, self.n = problem, batch.stop - batch.start
+        self.target = problem.target[batch]
+        self.prior = problem.prior if len(problem.prior) == 1 else problem.prior[batch]
+        self.of_group = problem.zeros(self.n, problem.sites + 1, problem.padded_groups, dtype=torch.float64)
+        self.mantissa = problem.zeros(self.n, dtype=torch.float64) + 1
+        self.exponent = problem.zeros(self.n, dtype=torch.int64)
+
+    def prior_stride(self) -> int:
+        return 0 if len(self.prior) == 1 else self.prior[0].numel()
+
+    def forward(self, state: torch.Tensor, first: int, stop: int, row_stride: int = 0) -> None:
+        """state (n, rows, A, padded): row 0 is before `first`; in place, or each site into the next row."""
+        problem = self.problem
+        kernels.walk_kernel[(self.n,)](
+            problem.bits, self.target, problem.switch, problem.redraw, problem.mismatch, self.prior, problem.prior_a,
+            state, self.of_group, self.mantissa, self.exponent,
+            first, stop, problem.sites, problem.half_words, problem.groups, problem.padded, self.prior_stride(),
+            state.stride(0), row_stride,
+            GROUPS=problem.padded_groups, TILE=LAUNCH["walk"]["tile"],
+            num_warps=LAUNCH["walk"]["warps"],
+        )  # fmt: skip
+
+    def log(self) -> torch.Tensor:
+        """float64 (n,), log-likelihood of the sites walked so far."""
+        return torch.log(self.mantissa) + self.exponent.to(torch.float64) * np.log(2.0)
+
+
+def _stretches(sites: int) -> list[tuple[int, int]]:
+    stride = max(1, int(np.ceil(np.sqrt(sites))))
+    return [(first, min(first + stride, sites)) for first in range(0, sites, stride)]
+
+
+def _register_words(k: int) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, that cover the 32-bit words of k states with little to spare."""
+    words = triton.cdiv(k, 32)
+    first = triton.next_power_of_2(words)
+    if first == words:
+        return first, 0
+    half = first // 2
+    rest = triton.next_power_of_2(words - half)
+    return (first, 0) if rest == half else (half, rest)
 
 
 def log_likelihood(
     reference_lw: torch.Tensor,
     k: int,
     target_nl: torch.Tensor,
-    switch_l: Any,
-    mismatch_l: Any,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
     *,
     prior_k: Any = None,
     exclude_ne: Any = None,
+    ancestry: Any = None,
+    dtype: Any = np.float32,
 ) -> torch.Tensor:
-    """As the door's `log_likelihood`, for tensors: reference bits uint64 or int64, targets uint8, on one GPU.
-
-    Memory beside the inputs: 4 N K bytes of states, and as much again where targets have priors of their own.
-
-    Raises:
-        Unsupported: the tensors are not on a GPU (and Triton's interpreter is not asked for).
-        UsageError: shapes or values that do not fit.
-    """
-    if not isinstance(target_nl, torch.Tensor) or not isinstance(reference_lw, torch.Tensor):
-        raise Unsupported("torch tensors on a GPU", "NumPy arrays", "haplotype_hmm 'triton'", "implementation=None")
-    if target_nl.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise Unsupported(
-            "tensors on a GPU", f"tensors on {target_nl.device}", "haplotype_hmm 'triton'", "NumPy arrays"
-        )
-    device = target_nl.device
-    n, sites = target_nl.shape
-    words = (k + 63) // 64
-    if k < 1 or tuple(reference_lw.shape) != (sites, words) or reference_lw.dtype not in (torch.uint64, torch.int64):
-        raise UsageError(
-            f"reference bits as 64-bit ({sites}, {words})", str(tuple(reference_lw.shape)), "haplotype_hmm"
-        )
-    if target_nl.dtype != torch.uint8 or bool(((target_nl > 1) & (target_nl != 255)).any()):
-        raise UsageError("target alleles 0, 1 or 255 as uint8", str(target_nl.dtype), "haplotype_hmm")
-    switch, mismatch = _tensor(switch_l, torch.float64, device), _tensor(mismatch_l, torch.float64, device)
-    used = torch.cat([switch[1:], mismatch])
-    if switch.shape != (sites,) or mismatch.shape != (sites,) or not bool(((used >= 0) & (used <= 1)).all()):
-        raise UsageError(f"switch_l and mismatch_l as {sites} probabilities", "others", "haplotype_hmm")
-    prior = _priors(k, n, prior_k, exclude_ne, device)
-    padded = triton.cdiv(k, BLOCK_K) * BLOCK_K
-    prior = torch.nn.functional.pad(prior, (0, padded - k)).to(torch.float32).contiguous()
-    state = torch.zeros((n, padded), dtype=torch.float32, device=device)
-    result = torch.full((n,), float("nan"), dtype=torch.float64, device=device)
-    if n == 0:
+    """As the door's `log_likelihood`."""
+    problem = Problem(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry, dtype)
+    result = problem.zeros(problem.n, dtype=torch.float64)
+    if problem.n == 0 or problem.sites == 0:
         return result
-    forward_kernel[(triton.cdiv(n, BLOCK_N),)](
-        reference_lw.to(device).contiguous().view(torch.int32), target_nl.contiguous(), switch, mismatch, prior, state,
-        result,
-        n, sites, 2 * words, padded, 0 if len(prior) == 1 else padded, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-    )  # fmt: skip
+    launch = LAUNCH["forward"]
+    if ancestry is None and k * problem.prior.element_size() <= 4 * launch["most_states"]:
+        words, more_words = _register_words(k)
+        kernels.forward_kernel[(triton.cdiv(problem.n, launch["targets"]),)](
+            problem.bits, problem.target, problem.switch, problem.mismatch, problem.prior, result,
+            problem.n, problem.sites, problem.half_words, k, 0 if len(problem.prior) == 1 else problem.padded,
+            problem.padded,
+            TARGETS=launch["targets"], WORDS=words, MORE_WORDS=more_words, UNIFORM=problem.uniform,
+            FULL=k >= 32 * words, num_warps=launch["warps"],
+        )  # fmt: skip
+        return result
+    for batch in problem.batches(1):
+        walk = Walk(problem, batch)
+        walk.forward(problem.zeros(walk.n, 1, problem.groups, problem.padded), 0, problem.sites)
+        result[batch] = walk.log()
     return result
 
 
-def _priors(k: int, n: int, prior_k: Any, exclude_ne: Any, device: torch.device) -> torch.Tensor:
-    """float64 (1, K) prior of all targets, or (N, K) where some exclude states; each row sums to 1."""
-    prior = torch.ones((1, k), dtype=torch.float64, device=device)
-    if prior_k is not None:
-        prior = _tensor(prior_k, torch.float64, device)[None]
-        if prior.shape != (1, k) or not bool((prior >= 0).all()):
-            raise UsageError(f"prior_k as {k} weights >= 0", str(tuple(prior.shape[1:])), "haplotype_hmm")
-    if exclude_ne is not None:
-        exclude = _tensor(exclude_ne, torch.int64, device)
-        if exclude.ndim != 2 or len(exclude) != n or bool(((exclude < -1) | (exclude >= k)).any()):
-            raise UsageError(
-                f"exclude_ne as ({n}, e) states in -1..{k - 1}", str(tuple(exclude.shape)), "haplotype_hmm"
-            )
-        marked = torch.zeros((n, k + 1), dtype=torch.bool, device=device)
-        marked.scatter_(1, torch.where(exclude < 0, k, exclude), True)  # column k takes the padding
-        prior = prior.expand(n, k).masked_fill(marked[:, :k], 0.0)
-    total = prior.sum(1, keepdim=True)
-    if not bool((total > 0).all()):
-        raise UsageError("a state left to copy for each target", "all excluded or of weight 0", "haplotype_hmm")
-    return prior / total
+def _smooth(
+    problem: Problem,
+    walk: Walk,
+    state: torch.Tensor,
+    back: dict[str, torch.Tensor],
+    out: dict[str, torch.Tensor],
+    label: torch.Tensor,
+    first: int,
+    stop: int,
+    labels: int,
+    top: int,
+    posterior: bool,
+) -> None:
+    """Backward through one stretch; `state` (n, rows, A, padded) holds the forward state of each of its sites."""
+    dense = out["gamma"].ndim == 3
+    kernels.smooth_kernel[(walk.n,)](
+        problem.bits, walk.target, problem.switch, problem.redraw, problem.mismatch, walk.prior, problem.prior_a, label,
+        state, walk.of_group, back["h"], back["carry"], back["mantissa"], back["exponent"], out["gamma"],
+        out["dosage"], out["mismatch"], out["switch"], out["redraw"], out["ancestry"], out["label"], out["top_state"],
+        out["top_weight"],
+        first, stop, problem.sites, problem.half_words, problem.k, problem.groups, problem.padded, labels, top,
+        walk.prior_stride(), state.stride(0), state.stride(1), out["gamma"].stride(0),
+        out["gamma"].stride(1) if dense else 0,
+        GROUPS=problem.padded_groups, TILE=LAUNCH["smooth"]["tile"], POSTERIOR=posterior,
+        num_warps=LAUNCH["smooth"]["warps"],
+    )  # fmt: skip
+
+
+def _start_back(problem: Problem, walk: Walk) -> dict[str, torch.Tensor]:
+    """h of 1 in all states of prior > 0, so that b of the last site is h."""
+    carry = problem.zeros(walk.n, problem.padded_groups + 3, dtype=torch.float64)
+    carry[:, -1] = 1
+    h = (walk.prior > 0).to(problem.dtype).expand(walk.n, -1, -1).contiguous()
+    mantissa = problem.zeros(walk.n, dtype=torch.float64) + 1
+    return {"h": h, "carry": carry, "mantissa": mantissa, "exponent": problem.zeros(walk.n, dtype=torch.int64)}
+
+
+def _outputs(problem: Problem, n: int, labels: int, top: int, dense: bool) -> dict[str, torch.Tensor]:
+    sites, wide = problem.sites, torch.float64
+    every = problem.groups * problem.k
+    out = {name: problem.zeros(n, sites, dtype=wide) for name in ("dosage", "mismatch", "switch", "redraw")}
+    out["ancestry"] = problem.zeros(n, sites, problem.padded_groups, dtype=wide)
+    out["label"] = problem.zeros(n, sites, labels, dtype=wide)
+    out["top_state"] = problem.zeros(n, sites, top, dtype=torch.int32)
+    out["top_weight"] = problem.zeros(n, sites, top, dtype=wide)
+    out["gamma"] = problem.zeros(n, sites, every) if dense else problem.zeros(n, every)
+    return out
+
+
+def _posterior(
+    problem: Problem, batch: slice, label: Any, labels: int, top: int, dense: bool
+) -> dict[str, torch.Tensor]:
+    """Sums of the posterior of a batch of targets; with `dense` the posterior itself as "gamma"."""
+    walk = Walk(problem, batch)
+    out = _outputs(problem, walk.n, labels, top, dense)
+    stretches = _stretches(problem.sites)
+    kept = _keep(problem, walk, stretches)
+    out["log"] = walk.log()
+    back = _start_back(problem, walk)
+    names = problem.zeros(1, dtype=torch.int32) if label is None else torch.as_tensor(label, device=problem.device)
+    rows = problem.zeros(walk.n, stretches[0][1] + 1, problem.groups, problem.padded)
+    for i, (first, stop) in reversed(list(enumerate(stretches))):
+        rows[:, 0] = kept[:, i]
+        walk.forward(rows, first, stop, rows.stride(1))
+        _smooth(problem, walk, rows[:, 1:], back, out, names, first, stop, labels, top, True)
+    impossible = out["log"] == -np.inf
+    for name, values in out.items():
+        if name not in ("log", "top_state"):
+            values[impossible] = float("nan")
+    out["top_state"][impossible] = -1
+    return out
+
+
+def _keep(problem: Problem, walk: Walk, stretches: list[tuple[int, int]]) -> torch.Tensor:
+    """Forward through everything; states (n, stretches, A, padded) from before each stretch."""
+    state = problem.zeros(walk.n, 1, problem.groups, problem.padded)
+    kept = problem.zeros(walk.n, len(stretches), problem.groups, problem.padded)
+    for i, (first, stop) in enumerate(stretches):
+        kept[:, i] = state[:, 0]
+        walk.forward(state, first, stop)
+    return kept
+
+
+def posterior(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    *,
+    prior_k: Any = None,
+    exclude_ne: Any = None,
+    ancestry: Any = None,
+    dtype: Any = np.float32,
+) -> torch.Tensor:
+    """As the door's `posterior`."""
+    problem = Problem(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry, dtype)
+    found = problem.zeros(problem.n, problem.sites, problem.groups * k)
+    if found.numel():
+        for batch in problem.batches(2 * len(_stretches(problem.sites)) + 3):
+            gamma = _posterior(problem, batch, None, 0, 0, True)["gamma"]
+            found[batch] = gamma / gamma.sum(-1, keepdim=True)
+    return found
+
+
+def posterior_sums(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    *,
+    label_k: Any = None,
+    labels: int = 0,
+    top: int = 0,
+    prior_k: Any = None,
+    exclude_ne: Any = None,
+    ancestry: Any = None,
+    dtype: Any = np.float32,
+) -> tuple[torch.Tensor | None, ...]:
+    """As the door's `posterior_sums`, its fields in order."""
+    problem = Problem(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry, dtype)
+    out = {"log": problem.zeros(problem.n, dtype=torch.float64), **_outputs(problem, problem.n, labels, top, False)}
+    if problem.n and problem.sites:
+        for batch in problem.batches(2 * len(_stretches(problem.sites)) + 3):
+            part = _posterior(problem, batch, label_k, labels, top, False)
+            for name in out:
+                if name != "gamma":
+                    out[name][batch] = part[name]
+    made = {name: out[name].to(problem.dtype) for name in out if name not in ("log", "top_state")}
+    return (
+        out["log"], made["dosage"], made["mismatch"], made["switch"], None if ancestry is None else made["redraw"],
+        None if ancestry is None else made["ancestry"][..., : problem.groups], made["label"] if labels else None,
+        out["top_state"] if top else None, made["top_weight"] if top else None,
+    )  # fmt: skip
+
+
+def states(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    site_s: np.ndarray,
+    *,
+    direction: str,
+    prior_k: Any = None,
+    exclude_ne: Any = None,
+    ancestry: Any = None,
+    dtype: Any = np.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the door's `forward_states` and `backward_states`: walked from one wanted site to the next."""
+    problem = Problem(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry, dtype)
+    found = problem.zeros(problem.n, len(site_s), problem.groups * k)
+    logs = problem.zeros(problem.n, len(site_s), dtype=torch.float64)
+    if not found.numel():
+        return found, logs
+    order = np.argsort(site_s, kind="stable")
+    for batch in problem.batches(4):
+        walk = Walk(problem, batch)
+        state = problem.zeros(walk.n, 1, problem.groups, problem.padded)
+        at = 0
+        if direction == "forward":
+            for place in order:
+                walk.forward(state, at, int(site_s[place]) + 1)
+                at = int(site_s[place]) + 1
+                scale = walk.of_group[:, at].sum(1).to(problem.dtype)
+                found[batch, place] = (state[:, 0, :, :k] / scale[:, None, None]).reshape(walk.n, -1)
+                logs[batch, place] = walk.log()
+                found[batch, place][logs[batch, place] == -np.inf] = float("nan")
+            continue
+        walk.forward(state, 0, problem.sites)
+        impossible = walk.mantissa == 0
+        back, out = _start_back(problem, walk), _outputs(problem, 0, 0, 0, False)
+        at = problem.sites
+        for place in order[::-1]:
+            stop = int(site_s[place]) + 1
+            _smooth(problem, walk, state, back, out, problem.zeros(1, dtype=torch.int32), stop, at, 0, 0, False)
+            at = stop
+            carry = back["carry"].to(problem.dtype)
+            b = back["h"] * carry[:, -1, None, None] + carry[:, : problem.groups, None] * (walk.prior > 0)
+            mean = torch.einsum("a,nak->n", problem.prior_a, (b * walk.prior).to(torch.float64))
+            found[batch, place] = (b[:, :, :k] / mean[:, None, None]).reshape(walk.n, -1)
+            log = torch.log(back["mantissa"]) + back["exponent"].to(torch.float64) * np.log(2.0) + torch.log(mean)
+            logs[batch, place] = torch.where(impossible, -np.inf, log)
+            found[batch, place][impossible] = float("nan")
+    return found, logs
+
+
+def posterior_paths(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    switch_l: np.ndarray,
+    mismatch_l: np.ndarray,
+    uniforms_nl: np.ndarray,
+    *,
+    prior_k: Any = None,
+    exclude_ne: Any = None,
+    ancestry: Any = None,
+    dtype: Any = np.float32,
+) -> torch.Tensor:
+    """As the door's `posterior_paths`."""
+    problem = Problem(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, ancestry, dtype)
+    path = problem.zeros(problem.n, problem.sites, dtype=torch.int32) - 1
+    if not path.numel():
+        return path
+    uniforms = torch.as_tensor(uniforms_nl, device=problem.device)
+    stretches = _stretches(problem.sites)
+    for batch in problem.batches(2 * len(stretches) + 2):
+        walk, own, drawn = Walk(problem, batch), uniforms[batch], path[batch].clone()
+        kept = _keep(problem, walk, stretches)
+        impossible = walk.mantissa == 0
+        rows = problem.zeros(walk.n, stretches[0][1] + 1, problem.groups, problem.padded)
+        for i, (first, stop) in reversed(list(enumerate(stretches))):
+            rows[:, 0] = kept[:, i]
+            walk.forward(rows, first, stop, rows.stride(1))
+            state = rows[:, 1:]
+            kernels.draw_kernel[(walk.n,)](
+                own, problem.switch, problem.redraw, walk.prior, problem.prior_a, state, walk.of_group, drawn,
+                first, stop, problem.sites, k, problem.groups, problem.padded, walk.prior_stride(), state.stride(0),
+                state.stride(1),
+                GROUPS=problem.padded_groups, TILE=LAUNCH["draw"]["tile"], num_warps=LAUNCH["draw"]["warps"],
+            )  # fmt: skip
+        drawn[impossible] = -1
+        path[batch] = drawn
+    return path
+
+
+def materialise(
+    reference_lw: torch.Tensor,
+    k: int,
+    segment_offset_n: np.ndarray,
+    segment_start_s: np.ndarray,
+    segment_donor_s: np.ndarray,
+    flip_offset_n: np.ndarray,
+    flip_site_f: np.ndarray,
+    *,
+    first_site: int = 0,
+) -> torch.Tensor:
+    """As the door's `materialise`."""
+    device, n, sites = reference_lw.device, len(segment_offset_n) - 1, len(reference_lw)
+    made = torch.zeros((sites, (n + 63) // 64), dtype=torch.int64, device=device)
+    if made.numel() == 0:
+        return made
+    bits, out = reference_lw.view(torch.int32), made.view(torch.int32)
+    lists = (segment_offset_n, segment_start_s, segment_donor_s, flip_offset_n, np.append(flip_site_f, 0))
+    longest = max(int(np.diff(segment_offset_n).max()), int(np.diff(flip_offset_n).max()))
+    kernels.materialise_kernel[(triton.cdiv(n, 32), triton.cdiv(sites, LAUNCH["materialise"]["sites"]))](
+        bits, *(torch.as_tensor(values, device=device) for values in lists), out,
+        n, sites, bits.shape[1], out.shape[1], first_site, longest.bit_length() + 1,
+        SITES=LAUNCH["materialise"]["sites"], num_warps=LAUNCH["materialise"]["warps"],
+    )  # fmt: skip
+    return made
