@@ -55,11 +55,13 @@ def read(path: Path, region: str | None, samples: Sequence[str] | None, threads:
             raise Irregular("a region that cannot be used") from None
         made = Rows(Structure(kind, header), raw_header, keep, bounds)
         step = _bcf_step(source, made) if kind == "bcf" else _text_step(source, made)
-        full_at = -1
+        full_at, tries = -1, 0
         while True:
             status = step()
             if status == t.FULL:
-                if made.state[t.RECORDS] == 0 and source.at == full_at:
+                # one record may lack room for its rows, its texts and its bytes in turn, but not more often
+                tries = tries + 1 if source.at == full_at else 0
+                if tries > 8:
                     raise Irregular("a record for which no room can be made")
                 full_at = source.at
                 made.drain(source.share)

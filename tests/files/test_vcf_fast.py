@@ -129,8 +129,23 @@ def brute_force(gt: np.ndarray, alts: int) -> tuple[list[list[int]], list[int]] 
     return rows, [int(allele < 0) for allele in alleles]
 
 
+def brute_ploidy(gt: np.ndarray) -> tuple[list[int], list[int], list[int], bool]:
+    """Per sample: second allele called or missing in a phased pair; a call of one allele; such a call with its allele. And
+    whether a called heterozygote is unphased."""
+    diploid, haploid, called, unphased = [], [], [], False
+    for sample in gt.tolist():
+        one, two = [*sample, 0x81][:2]
+        first, second = one // 2 - 1, -2 if two == 0x81 else two // 2 - 1
+        phased = two % 2 == 1
+        diploid.append(int(second >= 0 or (second == -1 and phased)))
+        haploid.append(int(second == -2 or (second == -1 and not phased and first >= 0)))
+        called.append(int(haploid[-1] and first >= 0))
+        unphased |= first >= 0 and second >= 0 and first != second and not phased
+    return diploid, haploid, called, unphased
+
+
 @pytest.mark.parametrize("samples", [1, 2, 31, 32, 33, 63, 64, 65, 97, 331])
-@pytest.mark.parametrize("kind", ["usual", "missing", "haploid", "wrong"])
+@pytest.mark.parametrize("kind", ["usual", "one unphased", "missing", "haploid", "wrong"])
 def test_bytes_become_the_bits_of_the_specification(samples, kind):
     from engine.kernels import bits
 
@@ -139,8 +154,10 @@ def test_bytes_become_the_bits_of_the_specification(samples, kind):
         for ploidy in (1, 2):
             gt = (rng.integers(0, alts + 1, (samples, ploidy)) + 1).astype(np.uint8) << 1
             if ploidy == 2:
-                gt[:, 1] |= rng.random(samples) < (1.0 if kind == "usual" else 0.5)
-            if kind != "usual":
+                gt[:, 1] |= rng.random(samples) < (1.0 if kind in ("usual", "one unphased") else 0.5)
+            if kind == "one unphased" and ploidy == 2:
+                gt[rng.integers(samples)] = 2, 4 if alts else 2
+            if kind in ("missing", "haploid", "wrong"):
                 gt[rng.random(gt.shape) < 0.2] &= 1
             if kind == "haploid" and ploidy == 2:
                 gt[rng.random(samples) < 0.3, 1] = 0x81
@@ -167,6 +184,12 @@ def test_bytes_become_the_bits_of_the_specification(samples, kind):
             )
             assert (plane[[0, *range(1 + count, alts + 3)]] == 0xDEADBEEF).all()
             assert found[0] == any(holes)
+            diploid, haploid, called, unphased = brute_ploidy(gt)
+            assert bool(found[1]) == unphased
+            if found[2]:
+                assert all(diploid)
+            else:
+                assert bits.unpack(seen, 2 * samples)[:, 1::2].tolist() == [diploid, haploid, called]
 
 
 def run_decode(gt: np.ndarray, at: int, samples: int, ploidy: int, alts: int, row: int, *planes: np.ndarray) -> bool:
@@ -454,6 +477,30 @@ def test_the_package_without_open_functions_gives_the_same(tmp_path, monkeypatch
     monkeypatch.setattr(bgzf, "_FUNCTIONS", None)
     assert_same(wanted, vcf.read_vcf(path, implementation="numba"))
     assert_same(wanted, vcf.read_vcf(path, implementation="numba", threads=4))
+
+
+def test_bytes_too_many_or_too_few_in_a_bcf_record(tmp_path):
+    """Lengths of the two blocks and counts of INFO and FORMAT that do not fit their content."""
+    data = bcf_of(tmp_path, text_of(["1 10 rs1 A G . PASS AC=1 GT:DP 0|1:3 1|1:4 .|0:5"] * 12, 3))
+    start = 9 + int.from_bytes(data[5:9], "little")
+    shared, individual = struct.unpack_from("<II", data, start)
+    length = 8 + shared + individual
+    at = start + 10 * length  # beyond the records that are decoded both ways
+    record = data[at : at + length]
+    path = tmp_path / "x.bcf"
+    outcomes = set()
+    for more_shared in (-1, 0, 1, 3):
+        for more_individual in (-1, 0, 1, 3):
+            for info, formats in ((1, 2), (0, 2), (2, 2), (1, 1), (1, 3)):
+                first = record[8 : 8 + shared + min(0, more_shared)] + bytes(max(0, more_shared))
+                second = record[8 + shared : length + min(0, more_individual)] + bytes(max(0, more_individual))
+                changed = bytearray(struct.pack("<II", len(first), len(second)) + first + second)
+                changed[8 + 16], changed[8 + 23] = info, formats
+                path.write_bytes(data[:at] + bytes(changed) + data[at + length :])
+                outcomes.add((more_shared, more_individual, isinstance(both(path), GenotypeData)))
+    assert (0, 0, True) in outcomes
+    assert (1, 0, True) not in outcomes
+    assert (0, 1, True) not in outcomes
 
 
 # --- the choice ---
