@@ -18,7 +18,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
+
+from engine.kernels.haplotype_hmm.threads import in_threads
 
 HAPLOTYPE_COST = 6.0
 CLASS_COST = 5.0
@@ -96,12 +98,12 @@ def _refine(class_k, classes, octet_k, finer_k, name, stamp, now):
     return found
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _cut(reference_lw, label_k, labels, size_sb, classes_sb, class_bk):
+@njit(cache=True, nogil=True)
+def _cut(begin, end, reference_lw, label_k, labels, size_sb, classes_sb, class_bk):
     """Blocks of each stretch: their sites, numbers of classes and classes, at most STRETCH // 8 of each."""
     sites, k = len(reference_lw), len(label_k)
     per_stretch = STRETCH // 8
-    for s in prange(len(size_sb)):
+    for s in range(begin, end):
         first = s * STRETCH
         stop = min(sites, first + STRETCH)
         octet_ik = np.empty(((stop - first + 7) // 8, k), np.uint8)
@@ -133,10 +135,10 @@ def _cut(reference_lw, label_k, labels, size_sb, classes_sb, class_bk):
             block += 1
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _describe(reference_lw, label_k, block_b, row_b, offset_b, class_bk, pattern_c, label_c):
+@njit(cache=True, nogil=True)
+def _describe(begin, end, reference_lw, label_k, block_b, row_b, offset_b, class_bk, pattern_c, label_c):
     """Alleles and label of each class, from one of its haplotypes."""
-    for b in prange(len(row_b)):
+    for b in range(begin, end):
         classes = offset_b[b + 1] - offset_b[b]
         member = np.empty(classes, np.int64)
         of_k = class_bk[row_b[b]]
@@ -162,10 +164,10 @@ def condense(reference_lw: np.ndarray, k: int, label_k: np.ndarray | None = None
     size_sb = np.zeros((stretches, STRETCH // 8), np.int64)
     classes_sb = np.zeros((stretches, STRETCH // 8), np.int64)
     class_bk = np.empty((stretches * (STRETCH // 8), k), np.uint16)  # rows that are not needed are never touched
-    _cut(reference_lw, label_k, labels, size_sb, classes_sb, class_bk)
+    in_threads(_cut, stretches, reference_lw, label_k, labels, size_sb, classes_sb, class_bk)
     row_b = np.flatnonzero(size_sb)
     block_b = np.concatenate([[0], np.cumsum(size_sb.ravel()[row_b])]).astype(np.int64)
     offset_b = np.concatenate([[0], np.cumsum(classes_sb.ravel()[row_b])]).astype(np.int64)
     pattern_c, label_c = np.empty(offset_b[-1], np.uint64), np.empty(offset_b[-1], np.int32)
-    _describe(reference_lw, label_k, block_b, row_b, offset_b, class_bk, pattern_c, label_c)
+    in_threads(_describe, len(row_b), reference_lw, label_k, block_b, row_b, offset_b, class_bk, pattern_c, label_c)
     return Condensed(block_b, class_bk, row_b, offset_b, pattern_c, label_c)

@@ -13,7 +13,9 @@ import numpy as np
 
 from engine.kernels.haplotype_hmm import numba_direct, numba_lanes, numba_paths, numba_smooth
 from engine.kernels.haplotype_hmm.condense import Condensed, condense
+from engine.kernels.haplotype_hmm.lanes import BYTES
 from engine.kernels.haplotype_hmm.numba_mosaic import materialise
+from engine.kernels.haplotype_hmm.threads import in_threads
 
 __all__ = ["log_likelihood", "materialise", "posterior", "posterior_paths", "posterior_sums", "states"]
 
@@ -44,12 +46,17 @@ def _prepared(
     prior_ak = np.ascontiguousarray(prior_ak)
     classes = int(condensed.offset_b[-1])
     weight_ac, members_ac = np.empty((len(prior_a), classes)), np.empty((len(prior_a), classes), np.int32)
-    numba_lanes.weigh(condensed, prior_ak, weight_ac, members_ac)
+    in_threads(numba_lanes.weigh, len(condensed.row_b), condensed, prior_ak, weight_ac, members_ac)
     flat = prior_ak.ravel().astype(dtype)
     moves = numba_lanes.Moves(
         switch_l, mismatch_l, redraw_l, prior_a, flat, (prior_ak.ravel() > 0).astype(dtype), weight_ac, members_ac
     )
     return condensed, moves, prior_ak, np.empty(0, dtype)
+
+
+def _vectors(target_nl: np.ndarray, dtype: Any) -> int:
+    lanes = BYTES // np.dtype(dtype).itemsize
+    return (len(target_nl) + lanes - 1) // lanes
 
 
 def _stride(condensed: Condensed) -> int:
@@ -77,12 +84,24 @@ def log_likelihood(
     if len(target_nl) <= FEW and ancestry is None:
         uniform = prior_k is None and not (excluded >= 0).any()
         prior = np.full(k, 1.0 / k) if prior_k is None else prior_k
-        numba_direct.log_likelihood(
-            reference_lw, k, target_nl, switch_l, mismatch_l, prior, excluded, uniform, np.empty(0, dtype), result_n
-        )
+        in_threads(
+            numba_direct.log_likelihood, len(target_nl), reference_lw, k, target_nl, switch_l, mismatch_l, prior,
+            excluded, uniform, np.empty(0, dtype), result_n, chunk=1,
+        )  # fmt: skip
         return result_n
     condensed, moves, prior_ak, like = _prepared(reference_lw, k, switch_l, mismatch_l, prior_k, ancestry, dtype)
-    numba_lanes.log_likelihood(condensed, moves, target_nl, excluded, prior_ak, like, result_n)
+    in_threads(
+        numba_lanes.log_likelihood,
+        _vectors(target_nl, dtype),
+        condensed,
+        moves,
+        target_nl,
+        excluded,
+        prior_ak,
+        like,
+        result_n,
+        chunk=1,
+    )
     return result_n
 
 
@@ -103,9 +122,10 @@ def posterior_paths(
     path_nl = np.full(target_nl.shape, -1, np.int32)
     if target_nl.size:
         condensed, moves, prior_ak, like = _prepared(reference_lw, k, switch_l, mismatch_l, prior_k, ancestry, dtype)
-        numba_paths.posterior_paths(
-            condensed, moves, target_nl, _excluded(exclude_ne, len(target_nl)), prior_ak, like, uniforms_nl,
-            _stride(condensed), path_nl,
+        in_threads(
+            numba_paths.posterior_paths, _vectors(target_nl, dtype), condensed, moves, target_nl,
+            _excluded(exclude_ne, len(target_nl)), prior_ak, like, uniforms_nl,
+            _stride(condensed), path_nl, chunk=1,
         )  # fmt: skip
     return path_nl
 
@@ -135,10 +155,37 @@ def states(
     slot_l[site_s] = np.arange(len(site_s))
     excluded = _excluded(exclude_ne, n)
     if direction == "forward":
-        numba_lanes.forward_states(condensed, moves, target_nl, excluded, prior_ak, like, slot_l, state_nss, log_ns)
+        in_threads(
+            numba_lanes.forward_states,
+            _vectors(target_nl, dtype),
+            condensed,
+            moves,
+            target_nl,
+            excluded,
+            prior_ak,
+            like,
+            slot_l,
+            state_nss,
+            log_ns,
+            chunk=1,
+        )
     else:
         wanted = _nothing(len(switch_l), dtype)._replace(slot_l=slot_l, backward_nss=state_nss, backward_log_ns=log_ns)
-        numba_smooth.smooth(condensed, moves, target_nl, excluded, prior_ak, like, _stride(condensed), 0, 0, wanted)
+        in_threads(
+            numba_smooth.smooth,
+            _vectors(target_nl, dtype),
+            condensed,
+            moves,
+            target_nl,
+            excluded,
+            prior_ak,
+            like,
+            _stride(condensed),
+            0,
+            0,
+            wanted,
+            chunk=1,
+        )
     return state_nss, log_ns
 
 
@@ -167,9 +214,10 @@ def posterior(
     every_nls = np.full((*target_nl.shape, groups * k), np.nan, dtype)
     if every_nls.size:
         condensed, moves, prior_ak, like = _prepared(reference_lw, k, switch_l, mismatch_l, prior_k, ancestry, dtype)
-        numba_smooth.smooth(
-            condensed, moves, target_nl, _excluded(exclude_ne, len(target_nl)), prior_ak, like, _stride(condensed), 0,
-            0, _nothing(len(switch_l), dtype)._replace(every_nls=every_nls),
+        in_threads(
+            numba_smooth.smooth, _vectors(target_nl, dtype), condensed, moves, target_nl, _excluded(exclude_ne,
+            len(target_nl)), prior_ak, like, _stride(condensed), 0,
+            0, _nothing(len(switch_l), dtype)._replace(every_nls=every_nls), chunk=1,
         )  # fmt: skip
     return every_nls
 
@@ -207,7 +255,9 @@ def posterior_sums(
         condensed, moves, prior_ak, like = _prepared(
             reference_lw, k, switch_l, mismatch_l, prior_k, ancestry, dtype, label_k, max(labels, 1)
         )
-        numba_smooth.smooth(
+        in_threads(
+            numba_smooth.smooth,
+            _vectors(target_nl, dtype),
             condensed,
             moves,
             target_nl,

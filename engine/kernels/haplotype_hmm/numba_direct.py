@@ -12,7 +12,7 @@ Targets run in parallel.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from engine.kernels.haplotype_hmm.lanes import BYTES, add, load, mul, mul_where, muladd, splat, store, total, zeros
 
@@ -53,8 +53,10 @@ def advance(state, prior, evenly, bits, at, flip, keep, enter, odds):
     return total(add(add(sum_0, sum_1), add(sum_2, sum_3)))
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def log_likelihood(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, uniform, like, result_n):
+@njit(cache=True, nogil=True)
+def log_likelihood(
+    begin, end, reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, exclude_ne, uniform, like, result_n
+):
     """Log-likelihoods into result_n; `like` is an empty array of the dtype of the states."""
     sites, words = reference_lw.shape
     number = like.dtype.type
@@ -62,7 +64,7 @@ def log_likelihood(reference_lw, k, target_nl, switch_l, mismatch_l, prior_k, ex
     one = ~np.uint64(0)
     lanes = BYTES // like.itemsize
     evenly = (words - 1) * (64 // (4 * lanes)) if uniform else 0
-    for n in prange(len(target_nl)):
+    for n in range(begin, end):
         prior, state = zeros(like, 64 * words // lanes), zeros(like, 64 * words // lanes)
         own_k = prior_k.copy()
         for excluded in exclude_ne[n]:

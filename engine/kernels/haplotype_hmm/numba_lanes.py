@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from engine.kernels.haplotype_hmm.lanes import (
     BYTES,
@@ -74,10 +74,10 @@ class Group(NamedTuple):
     scale_at: np.ndarray
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def weigh(condensed, prior_ak, weight_ac, members_ac):
+@njit(cache=True, nogil=True)
+def weigh(begin, end, condensed, prior_ak, weight_ac, members_ac):
     """Prior and number of haplotypes of prior > 0 in each class."""
-    for b in prange(len(condensed.row_b)):
+    for b in range(begin, end):
         class_k = condensed.class_bk[condensed.row_b[b]]
         first, stop = condensed.offset_b[b], condensed.offset_b[b + 1]
         for a in range(len(weight_ac)):
@@ -87,6 +87,15 @@ def weigh(condensed, prior_ak, weight_ac, members_ac):
                 if prior_ak[a, k] > 0.0:
                     weight_ac[a, first + class_k[k]] += prior_ak[a, k]
                     members_ac[a, first + class_k[k]] += 1
+
+
+@njit(cache=True, nogil=True)
+def largest_step(values):
+    """Largest difference of neighbours."""
+    largest = 0
+    for i in range(len(values) - 1):
+        largest = max(largest, values[i + 1] - values[i])
+    return largest
 
 
 @njit(cache=True, nogil=True)
@@ -100,15 +109,26 @@ def gather_group(target_nl, exclude_ne, prior_ak, first, like):
         for site in range(len(one_l)):
             one_l[site] |= np.uint64(target_nl[first + t, site] == 1) << np.uint64(t)
             zero_l[site] |= np.uint64(target_nl[first + t, site] == 0) << np.uint64(t)
-    listed = exclude_ne[first : first + used].ravel()
-    excluded_x = np.unique(listed[listed >= 0])
+    listed = np.full(used * exclude_ne.shape[1], k, np.int64)
+    for t in range(used):
+        for j in range(exclude_ne.shape[1]):
+            if exclude_ne[first + t, j] >= 0:
+                listed[t * exclude_ne.shape[1] + j] = exclude_ne[first + t, j]
+    listed.sort()
+    different = 0
+    for j in range(len(listed)):
+        if listed[j] < k and (j == 0 or listed[j] != listed[j - 1]):
+            listed[different] = listed[j]
+            different += 1
+    excluded_x = listed[:different].copy()
     allowed_xt = np.ones((len(excluded_x), lanes), like.dtype)
     scale_at = zeros(like, groups)
     scale_at[:] = 1
     for t in range(used):
         for state in exclude_ne[first + t]:
-            if state >= 0:
-                allowed_xt[np.searchsorted(excluded_x, state), t] = 0
+            for x in range(different):
+                if excluded_x[x] == state:
+                    allowed_xt[x, t] = 0
         for a in range(groups):
             left = 1.0
             for x in range(len(excluded_x)):
@@ -191,8 +211,12 @@ def count_bits(sum_t, factor, seen_factor, seen, mantissa_t, exponent_t):
 @njit(cache=True, nogil=True)
 def walked_n(walk, used):
     """Log-likelihoods of the first lanes."""
-    log_t = np.log(walk.mantissa_t[:used]) + walk.exponent_t[:used] * np.log(2.0)
-    return np.where(walk.dead_t[:used], -np.inf, log_t)
+    log_t = np.empty(used)
+    for t in range(used):
+        log_t[t] = np.log(walk.mantissa_t[t]) + walk.exponent_t[t] * np.log(2.0)
+        if walk.dead_t[t]:
+            log_t[t] = -np.inf
+    return log_t
 
 
 @njit(cache=True, nogil=True)
@@ -348,15 +372,15 @@ def take_record(record, slot, walk):
     store(walk.sum_t, 0, load(record, slot * (groups + 1) + groups))
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def log_likelihood(condensed, moves, target_nl, exclude_ne, prior_ak, like, result_n):
+@njit(cache=True, nogil=True)
+def log_likelihood(begin, end, condensed, moves, target_nl, exclude_ne, prior_ak, like, result_n):
     """Log-likelihoods into result_n; `like` is an empty array of the dtype of the states."""
     lanes = BYTES // like.itemsize
     groups, k = prior_ak.shape
     blocks = len(condensed.row_b)
-    for i in prange((len(target_nl) + lanes - 1) // lanes):
+    for i in range(begin, end):
         group = gather_group(target_nl, exclude_ne, prior_ak, i * lanes, like)
-        most = np.max(np.diff(condensed.offset_b))
+        most = largest_step(condensed.offset_b)
         alpha, c, state = zeros(like, most), zeros(like, groups * most), zeros(like, groups * k)
         mass, record = zeros(like, groups * most), zeros(like, 0)
         walk = start_walk(groups, like)
@@ -378,16 +402,16 @@ def values_at(state, prior, at, alpha, c, alpha_at, c_at, class_k, begin, end, o
         store(out, k - begin, muladd(load(state, at + k), load(alpha, alpha_at + u), mixed))
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def forward_states(condensed, moves, target_nl, exclude_ne, prior_ak, like, slot_l, state_nsk, log_ns):
+@njit(cache=True, nogil=True)
+def forward_states(begin, end, condensed, moves, target_nl, exclude_ne, prior_ak, like, slot_l, state_nsk, log_ns):
     """Scaled forward states, and the log-likelihood so far, at the sites whose slot_l is not -1."""
     lanes = BYTES // like.itemsize
     groups, k = prior_ak.shape
     blocks = len(condensed.row_b)
-    for i in prange((len(target_nl) + lanes - 1) // lanes):
+    for i in range(begin, end):
         group = gather_group(target_nl, exclude_ne, prior_ak, i * lanes, like)
         used = min(lanes, len(target_nl) - i * lanes)
-        most = np.max(np.diff(condensed.offset_b))
+        most = largest_step(condensed.offset_b)
         alpha, c, state = zeros(like, most), zeros(like, groups * most), zeros(like, groups * k)
         mass, out = zeros(like, groups * most), zeros(like, k)
         walk = start_walk(groups, like)

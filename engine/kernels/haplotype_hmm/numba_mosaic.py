@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from engine.kernels.haplotype_hmm.condense import transpose64
+from engine.kernels.haplotype_hmm.threads import in_threads
 
 
 @njit(cache=True, nogil=True)
@@ -23,13 +24,24 @@ def _last_at_or_before(values, low, high, wanted):
     return low - 1
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _materialise(reference_lw, segment_offset_n, start_s, donor_s, flip_offset_n, flip_f, first_site, made_lw):
+@njit(cache=True, nogil=True)
+def _materialise(
+    first_block,
+    stop_block,
+    reference_lw,
+    segment_offset_n,
+    start_s,
+    donor_s,
+    flip_offset_n,
+    flip_f,
+    first_site,
+    made_lw,
+):
     """Blocks of 64 sites: turn the reference so that a donor's 64 alleles are one word, take words, turn back."""
     sites, words = reference_lw.shape
     n_haplotypes = len(segment_offset_n) - 1
     one = np.uint64(1)
-    for block in prange((sites + 63) // 64):
+    for block in range(first_block, stop_block):
         begin = 64 * block
         height = min(64, sites - begin)
         donors = np.empty(64 * words, np.uint64)
@@ -76,7 +88,9 @@ def materialise(
 ) -> np.ndarray:
     """As the door's `materialise`."""
     made_lw = np.empty((len(reference_lw), (len(segment_offset_n) - 1 + 63) // 64), np.uint64)
-    _materialise(
+    in_threads(
+        _materialise,
+        (len(reference_lw) + 63) // 64,
         reference_lw,
         segment_offset_n,
         segment_start_s,

@@ -11,12 +11,13 @@ state; only where it changes are the states of the site looked through.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from engine.kernels.haplotype_hmm.lanes import BYTES, zeros
 from engine.kernels.haplotype_hmm.numba_lanes import (
     class_weights,
     gather_group,
+    largest_step,
     next_state,
     put_record,
     start_walk,
@@ -31,7 +32,7 @@ def keep_stretches(condensed, moves, group, prior_ak, like, stride, kept, kept_m
     groups, k = prior_ak.shape
     lanes = BYTES // like.itemsize
     blocks = len(condensed.row_b)
-    most = np.max(np.diff(condensed.offset_b))
+    most = largest_step(condensed.offset_b)
     alpha, c, state = zeros(like, most), zeros(like, groups * most), zeros(like, groups * k)
     mass, record = zeros(like, groups * most), zeros(like, 0)
     for block in range(blocks):
@@ -55,7 +56,7 @@ def walk_stretch(
     groups, like = len(prior_ak), kept_mass[0]
     lanes = BYTES // like.itemsize
     begin, end = stretch * stride, min(len(condensed.row_b), (stretch + 1) * stride)
-    most = np.max(np.diff(condensed.offset_b))
+    most = largest_step(condensed.offset_b)
     alpha, c, record = zeros(like, most), zeros(like, groups * most), zeros(like, 0)
     state_b[0] = kept[stretch]
     mass_b[0] = kept_mass[stretch]
@@ -94,18 +95,18 @@ def draw(state, prior, alpha, c, slot, class_k, classes, groups, first_a, stop_a
     return last
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def posterior_paths(condensed, moves, target_nl, exclude_ne, prior_ak, like, uniforms_nl, stride, path_nl):
+@njit(cache=True, nogil=True)
+def posterior_paths(begin, end, condensed, moves, target_nl, exclude_ne, prior_ak, like, uniforms_nl, stride, path_nl):
     """Paths into path_nl, -1 where the target is impossible."""
     lanes = BYTES // like.itemsize
     groups, k = prior_ak.shape
     blocks, sites = len(condensed.row_b), target_nl.shape[1]
     stretches = (blocks + stride - 1) // stride
-    for i in prange((len(target_nl) + lanes - 1) // lanes):
+    for i in range(begin, end):
         group = gather_group(target_nl, exclude_ne, prior_ak, i * lanes, like)
         used = min(lanes, len(target_nl) - i * lanes)
-        most = np.max(np.diff(condensed.offset_b))
-        longest = np.max(np.diff(condensed.block_b))
+        most = largest_step(condensed.offset_b)
+        longest = largest_step(condensed.block_b)
         kept = zeros(like, stretches * groups * k).reshape(stretches, -1)
         kept_mass = zeros(like, stretches * groups * most).reshape(stretches, -1)
         kept_record = zeros(like, stretches * (groups + 1))

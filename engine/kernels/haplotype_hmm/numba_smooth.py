@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from engine.kernels.haplotype_hmm.lanes import (
     BYTES,
@@ -41,6 +41,7 @@ from engine.kernels.haplotype_hmm.numba_lanes import (
     class_weights,
     count_bits,
     gather_group,
+    largest_step,
     start_walk,
     take_record,
     values_at,
@@ -399,18 +400,20 @@ def write_states(
             wanted.top_weight_nlm[first_n + t, site, m] = best_weight_tm[t, m] * scale_t[t]
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def smooth(condensed, moves, target_nl, exclude_ne, prior_ak, like, stride, labels, top, wanted):
+@njit(cache=True, nogil=True)
+def smooth(
+    first_group, stop_group, condensed, moves, target_nl, exclude_ne, prior_ak, like, stride, labels, top, wanted
+):
     """Forward, backward and what is wanted of them, into the arrays of `wanted`; NaN where the target is impossible."""
     lanes = BYTES // like.itemsize
     groups, k = prior_ak.shape
     blocks = len(condensed.row_b)
     stretches = (blocks + stride - 1) // stride
     single = top > 0 or wanted.every_nls.size > 0
-    for i in prange((len(target_nl) + lanes - 1) // lanes):
+    for i in range(first_group, stop_group):
         group = gather_group(target_nl, exclude_ne, prior_ak, i * lanes, like)
         used = min(lanes, len(target_nl) - i * lanes)
-        most, longest = np.max(np.diff(condensed.offset_b)), np.max(np.diff(condensed.block_b))
+        most, longest = largest_step(condensed.offset_b), largest_step(condensed.block_b)
         kept = zeros(like, stretches * groups * k).reshape(stretches, -1)
         kept_mass = zeros(like, stretches * groups * most).reshape(stretches, -1)
         kept_record = zeros(like, stretches * (groups + 1))
