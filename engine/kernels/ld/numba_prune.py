@@ -14,7 +14,7 @@ from engine.kernels.bits.tiles import BLOCK
 from engine.kernels.ld import greedy
 from engine.kernels.ld.checks import EPSILON, PruneRules, Sites
 from engine.kernels.ld.numba_matrix import major_frequency, prepare
-from engine.kernels.ld.numba_tiles import PHASED_MISSING, Planes, blocks_of, tile_sums
+from engine.kernels.ld.numba_tiles import PHASED_MISSING, Planes, blocks_of, judge, tile_sums
 
 
 def prune(first: Sites, rules: PruneRules) -> np.ndarray:
@@ -76,13 +76,13 @@ def _prune(
                     rows[j % ring, :] = 0
             for i in range((used + BLOCK - 1) // BLOCK):
                 tile_sums(slots, i, a, judged, counts)
-                _judge(slots, i, a, judged, most, counts, linked)
+                judge(slots, i, a, judged, most, counts, linked)
                 for r in range(BLOCK):
                     if tenant[i * BLOCK + r] >= 0:
                         _note(rows, backward, tenant[i * BLOCK + r], judged, linked[r])
             for i in range(settled // BLOCK, judged + 1):
                 tile_sums(a, i, a, judged, counts)
-                _judge(a, i, a, judged, most, counts, linked)
+                judge(a, i, a, judged, most, counts, linked)
                 for r in range(BLOCK):
                     if i == judged:  # of a pair within the block the later site is the column
                         linked[r] &= ~((np.uint32(2) << np.uint32(r)) - np.uint32(1))
@@ -143,32 +143,3 @@ def _note(rows: np.ndarray, backward: bool, i: int, block: int, linked: int) -> 
     for c in range(BLOCK):
         if (linked >> np.uint32(c)) & np.uint32(1):
             rows[(block * BLOCK + c) % ring, (i >> 5) % words] |= np.uint32(1) << np.uint32(i & 31)
-
-
-@numba.njit(cache=True, nogil=True)
-def _judge(a: Planes, i: int, b: Planes, j: int, most: float, counts: np.ndarray, linked: np.ndarray) -> None:
-    """linked uint32 (32,): bit c of r where x x > most vx vy, for the sums of one tile."""
-    cells = BLOCK * BLOCK
-    if a.kind >= PHASED_MISSING:
-        for r in range(BLOCK):
-            word = np.uint32(0)
-            for c in range(BLOCK):
-                k = r * BLOCK + c
-                n, sx, sy = (
-                    np.float64(counts[k + 5 * cells]),
-                    np.float64(counts[k + cells]),
-                    np.float64(counts[k + 3 * cells]),
-                )
-                x = n * np.float64(counts[k]) - sx * sy
-                vx = n * np.float64(counts[k + 2 * cells]) - sx * sx
-                vy = n * np.float64(counts[k + 4 * cells]) - sy * sy
-                word |= np.uint32(x * x > most * vx * vy) << np.uint32(c)
-            linked[r] = word
-        return
-    n = np.float64(a.n)
-    for r in range(BLOCK):
-        sx, bound, word = a.sum_l[i * BLOCK + r], most * a.variance_l[i * BLOCK + r], np.uint32(0)
-        for c in range(BLOCK):
-            x = n * np.float64(counts[r * BLOCK + c]) - sx * b.sum_l[j * BLOCK + c]
-            word |= np.uint32(x * x > bound * b.variance_l[j * BLOCK + c]) << np.uint32(c)
-        linked[r] = word

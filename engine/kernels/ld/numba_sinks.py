@@ -8,9 +8,22 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from engine.kernels.bits.tiles import BLOCK
+from engine.kernels.bits.tiles import BLOCK, trailing_zeros
 from engine.kernels.ld.checks import Sites
-from engine.kernels.ld.numba_tiles import CODES, Planes, blocks, each, run, tile
+from engine.kernels.ld.numba_tiles import (
+    CODES,
+    PHASED_MISSING,
+    Planes,
+    blocks,
+    each,
+    formula,
+    judge,
+    run,
+    tile,
+    tile_sums,
+)
+
+_ROWS = 4  # block rows of a task: what it costs to begin one is little beside them
 
 
 def threshold(
@@ -22,7 +35,13 @@ def threshold(
     if other is not None:
         end_l = np.full(here, len(other.bits_lw), dtype=np.int64)
     assert end_l is not None
-    found = list(each(lambda k: _above(CODES[measure], a, b, other is None, end_l, least, k), len(a.p0)))
+    code, count = CODES[measure], len(a.p0)
+    found = list(
+        each(
+            lambda k: _above(code, a, b, other is None, end_l, least, k * _ROWS, min(count, (k + 1) * _ROWS)),
+            -(-count // _ROWS),
+        )
+    )
     if not found:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
     i, j, value = (np.concatenate(part) for part in zip(*found))
@@ -31,41 +50,81 @@ def threshold(
 
 @numba.njit(cache=True, nogil=True)
 def _above(
-    code: int, a: Planes, b: Planes, same: bool, end_l: np.ndarray, least: np.float32, i: int
+    code: int, a: Planes, b: Planes, same: bool, end_l: np.ndarray, least: np.float32, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of block row i, sorted. Hits come tile by tile, so each row keeps its own place: counted, then laid out."""
+    """The pairs of block rows [first, last), sorted: the hits of a block row come tile by tile, are counted, and laid out."""
     counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK), dtype=np.float32)
-    i0, i1 = i * BLOCK, min(len(end_l), (i + 1) * BLOCK)
-    per_row = np.zeros(BLOCK, dtype=np.int64)
+    near = np.empty(BLOCK, dtype=np.uint32)
     rows, columns, kept = np.empty(256, dtype=np.uint8), np.empty(256, dtype=np.int64), np.empty(256, dtype=np.float32)
-    hits = 0
-    for j in range(i if same else 0, (end_l[i1 - 1] + BLOCK - 1) // BLOCK):
-        j0 = j * BLOCK
-        tile(code, a, i, b, j, counts, values, 0, 0)
-        for r in range(i1 - i0):
-            some = False
-            for c in range(BLOCK):  # one test for 32 cells: hits are rare
-                some |= np.abs(values[r, c]) >= least
-            if not some:
-                continue
-            site = i0 + r
-            if hits + BLOCK > len(kept):
-                rows, columns, kept = _doubled(rows), _doubled(columns), _doubled(kept)
-            for c in range(max(site + 1, j0) - j0 if same else 0, min(end_l[site] - j0, BLOCK)):
-                value = values[r, c]
-                if np.abs(value) >= least:
-                    rows[hits], columns[hits], kept[hits] = r, j0 + c, value
-                    hits += 1
-                    per_row[r] += 1
-    place = np.zeros(BLOCK, dtype=np.int64)
-    for r in range(1, BLOCK):
-        place[r] = place[r - 1] + per_row[r - 1]
-    at_i, at_j, out = np.empty(hits, dtype=np.int64), np.empty(hits, dtype=np.int64), np.empty(hits, dtype=np.float32)
-    for k in range(hits):
-        r = rows[k]
-        at_i[place[r]], at_j[place[r]], out[place[r]] = i0 + r, columns[k], kept[k]
-        place[r] += 1
-    return at_i, at_j, out
+    at_i, at_j, out = np.empty(256, dtype=np.int64), np.empty(256, dtype=np.int64), np.empty(256, dtype=np.float32)
+    found = 0
+    for i in range(first, last):
+        i0, i1 = i * BLOCK, min(len(end_l), (i + 1) * BLOCK)
+        per_row, hits = np.zeros(BLOCK, dtype=np.int64), 0
+        for j in range(i if same else 0, (end_l[i1 - 1] + BLOCK - 1) // BLOCK):
+            j0 = j * BLOCK
+            judged = _near(code, a, i, b, j, least, counts, values, near)
+            for r in range(i1 - i0):
+                begin, end = max(i0 + r + 1, j0) - j0 if same else 0, min(end_l[i0 + r] - j0, BLOCK)
+                word = np.uint64(near[r])
+                if word == 0 or begin >= end:
+                    continue
+                word &= ((np.uint64(1) << np.uint64(end)) - np.uint64(1)) >> np.uint64(begin) << np.uint64(begin)
+                if hits + BLOCK > len(kept):
+                    rows, columns, kept = _doubled(rows), _doubled(columns), _doubled(kept)
+                while word != 0:
+                    c = np.int64(trailing_zeros(word))  # type: ignore[call-arg]
+                    word &= word - np.uint64(1)
+                    value = _r2(a, i0 + r, b, j0 + c, counts[r * BLOCK + c]) if judged else values[r, c]
+                    if np.abs(value) >= least:
+                        rows[hits], columns[hits], kept[hits] = r, j0 + c, value
+                        hits += 1
+                        per_row[r] += 1
+        while found + hits > len(out):
+            at_i, at_j, out = _doubled(at_i), _doubled(at_j), _doubled(out)
+        place = np.full(BLOCK, found, dtype=np.int64)
+        for r in range(1, BLOCK):
+            place[r] = place[r - 1] + per_row[r - 1]
+        for k in range(hits):
+            r = rows[k]
+            at_i[place[r]], at_j[place[r]], out[place[r]] = i0 + r, columns[k], kept[k]
+            place[r] += 1
+        found += hits
+    return at_i[:found], at_j[:found], out[:found]
+
+
+@numba.njit(cache=True, nogil=True)
+def _near(
+    code: int,
+    a: Planes,
+    i: int,
+    b: Planes,
+    j: int,
+    least: np.float32,
+    counts: np.ndarray,
+    values: np.ndarray,
+    near: np.ndarray,
+) -> bool:
+    """near uint32 (32,): bit c of r where a pair may reach `least`. True: r2 was held against a bound that needs no quotient,
+    and only the sums are there; False: the values are, and the bits are final.
+    """
+    if code == 0 and a.kind < PHASED_MISSING:
+        tile_sums(a, i, b, j, counts)
+        judge(a, i, b, j, np.float64(least) * (1 - 2.0**-20) if least > 0 else -1.0, counts, near)
+        return True
+    tile(code, a, i, b, j, counts, values, 0, 0)
+    for r in range(BLOCK):
+        word = np.uint32(0)
+        for c in range(BLOCK):
+            word |= np.uint32(np.abs(values[r, c]) >= least) << np.uint32(c)
+        near[r] = word
+    return False
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _r2(a: Planes, i: int, b: Planes, j: int, sxy: int) -> np.float32:
+    n, sx, sy = np.float64(a.n), a.sum_l[i], b.sum_l[j]
+    return np.float32(formula(0, n, 1.0, sx, sy, a.variance_l[i], b.variance_l[j], n * np.float64(sxy) - sx * sy))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -100,12 +159,33 @@ def _score_row(code: int, a: Planes, end_l: np.ndarray, i: int) -> tuple[np.ndar
         tile(code, a, i, a, j, counts, values, 0, 0)
         for r in range(i1 - i0):
             site = i0 + r
-            for c in range(max(site + 1, j0) - j0, min(end_l[site] - j0, BLOCK)):
-                value = values[r, c]
-                if value == value:
-                    along[r] += value
-                    across[j0 - i0 + c] += value
+            begin, end = max(site + 1, j0) - j0, min(end_l[site] - j0, BLOCK)
+            if begin < end:
+                along[r] += _add_row(values, r, begin, end, across, j0 - i0)
     return along, across
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _add_row(values: np.ndarray, r: int, begin: int, end: int, across: np.ndarray, at: int) -> float:
+    """Sum of values[r, begin:end], which are also added to `across` from `at` on; NaN counts as 0."""
+    total = 0.0
+    for c in range(begin, end):
+        value = values[r, c]
+        value = value if value == value else 0.0
+        across[at + c] += value
+        total += value
+    return total
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _sum_row(values: np.ndarray, r: int, begin: int, end: int) -> tuple[float, int]:
+    """Sum and number of values[r, begin:end] that are not NaN."""
+    total, count = 0.0, 0
+    for c in range(begin, end):
+        value = values[r, c]
+        total += value if value == value else 0.0
+        count += value == value
+    return total, count
 
 
 @numba.njit(cache=True, nogil=True)
@@ -130,7 +210,7 @@ def decay(first: Sites, position_l: np.ndarray, edges: np.ndarray) -> tuple[np.n
 def _decay_row(
     a: Planes, position_l: np.ndarray, edges: np.ndarray, sums: np.ndarray, pairs: np.ndarray, i: int
 ) -> None:
-    """Histogram of block row i. Positions rise along a row, so the bin only moves up: no search per pair."""
+    """Histogram of block row i. Positions rise along a row, so the bin only moves up, and what falls into one lies together."""
     counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK))
     sites, bins = len(position_l), len(edges) - 1
     i0, i1 = i * BLOCK, min(sites, (i + 1) * BLOCK)
@@ -144,17 +224,21 @@ def _decay_row(
         tile(0, a, i, a, j, counts, values, 0, 0)
         for r in range(i1 - i0):
             b = bin_r[r]
+            c, end = max(j0, i0 + r + 1) - j0, j1 - j0
             start = position_l[i0 + r]
-            for c in range(max(j0, i0 + r + 1) - j0, j1 - j0):
-                distance = position_l[j0 + c] - start
-                if distance < edges[0]:
-                    continue
-                while b < bins and distance >= edges[b + 1]:
+            while c < end and position_l[j0 + c] - start < edges[0]:
+                c += 1
+            while c < end and b < bins:  # the stretch of the tile's row that falls into one bin
+                stop = c
+                if position_l[j0 + end - 1] - start < edges[b + 1]:
+                    stop = end
+                while stop < end and position_l[j0 + stop] - start < edges[b + 1]:
+                    stop += 1
+                if stop > c:
+                    total, count = _sum_row(values, r, c, stop)
+                    sums[b] += total
+                    pairs[b] += count
+                c = stop
+                if c < end:
                     b += 1
-                if b == bins:
-                    break
-                value = values[r, c]
-                if value == value:
-                    sums[b] += value
-                    pairs[b] += 1
             bin_r[r] = b

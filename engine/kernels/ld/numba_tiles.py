@@ -43,25 +43,25 @@ class Planes(NamedTuple):
 
 def rows(sites: Sites, missing: bool) -> Planes:
     """Planes with a row for each site; `missing`: of a missing kind, whether or not this set misses anything."""
+    length, n = len(sites.bits_lw), sites.n // 2 if sites.unphased else sites.n
+    sum_l, variance_l = np.empty(length), np.empty(length)
+    if sites.unphased and not missing:
+        p0, p1 = (np.empty((length, (n + 63) // 64), dtype=np.uint64) for _ in range(2))
+        _dosages(sites.bits_lw, n, p0, p1, sum_l, variance_l)
+        return Planes(UNPHASED, n, p0, p1, p0, p0, sum_l, variance_l)
     if sites.unphased:
         made = bits.dosage_planes(sites.bits_lw, sites.n, sites.missing_lw, implementation="numba")
-        nonzero, negative, observed = made.nonzero_lw, made.negative_lw, made.observed_lw
-        planes = (
-            (nonzero, negative, nonzero & ~negative, observed) if missing else (nonzero, negative, nonzero, nonzero)
-        )
-        n = sites.n // 2
+        p0, p1, p2, p3 = made.nonzero_lw, made.negative_lw, made.nonzero_lw & ~made.negative_lw, made.observed_lw
     else:
-        alleles, n = _masked(sites.bits_lw, sites.n), sites.n
-        if missing and sites.missing_lw is not None:
-            observed = _masked(~sites.missing_lw, n)
-            alleles = alleles & observed
-        elif missing:
-            observed = _masked(np.full_like(alleles, np.uint64(2**64 - 1)), n)
-        planes = (alleles, alleles, alleles, observed if missing else alleles)
-    sum_l, variance_l = np.zeros(len(planes[0])), np.zeros(len(planes[0]))
+        p0 = p3 = _masked(sites.bits_lw, n)
+        if missing:
+            called = np.full_like(p0, np.uint64(2**64 - 1)) if sites.missing_lw is None else ~sites.missing_lw
+            p3 = _masked(called, n)
+            p0 = p0 & p3
+        p1 = p2 = p0
     kind = int(sites.unphased) + 2 * int(missing)
-    _moments(kind, n, planes[0], planes[1], planes[3], sum_l, variance_l)
-    return Planes(kind, n, *planes, sum_l, variance_l)
+    _moments(kind, n, p0, p1, p3, sum_l, variance_l)
+    return Planes(kind, n, p0, p1, p2, p3, sum_l, variance_l)
 
 
 def blocks(sites: Sites, other: Sites | None = None) -> tuple[Planes, Planes]:
@@ -118,6 +118,45 @@ def run(task: Callable[[int], None], count: int) -> None:
     """`each` for tasks that write their result where it belongs."""
     for _ in each(task, count):
         pass
+
+
+@numba.njit(cache=True, nogil=True)
+def _dosages(
+    bits_lw: np.ndarray, n: int, p0: np.ndarray, p1: np.ndarray, sum_l: np.ndarray, variance_l: np.ndarray
+) -> None:
+    """Planes of `bits.dosage_planes` and their moments in one pass, several words at a time: where few pairs are looked at, this
+    is what costs. The dosage less one is nonzero where two neighbouring bits are alike, and negative where both are 0.
+    """
+    columns, last = bits_lw.shape[1], p0.shape[1] - 1
+    whole = ~np.uint64(0) if n % 64 == 0 else (np.uint64(1) << np.uint64(n % 64)) - np.uint64(1)
+    one, half = np.uint64(1), np.uint64(32)
+    for site in range(bits_lw.shape[0]):
+        row, nonzero, negative = bits_lw[site], p0[site], p1[site]
+        for w in range(columns // 2):
+            a, b = row[2 * w], row[2 * w + 1]
+            nonzero[w] = _even_bits(~(a ^ (a >> one))) | (_even_bits(~(b ^ (b >> one))) << half)
+            negative[w] = _even_bits(~(a | (a >> one))) | (_even_bits(~(b | (b >> one))) << half)
+        if columns % 2:
+            a = row[columns - 1]
+            nonzero[last], negative[last] = _even_bits(~(a ^ (a >> one))), _even_bits(~(a | (a >> one)))
+        if columns:
+            nonzero[last] &= whole
+            negative[last] &= whole
+        ones = ones_in_row(p0, site)
+        total = np.float64(ones - 2 * ones_in_row(p1, site))
+        sum_l[site] = total
+        variance_l[site] = n * np.float64(ones) - total * total
+
+
+@numba.njit(cache=True, nogil=True)
+def _even_bits(x: np.uint64) -> np.uint64:
+    """Bits 0, 2, 4, ... of a word, moved together (Hacker's Delight, section 7-4)."""
+    x &= np.uint64(0x5555555555555555)
+    x = (x | (x >> np.uint64(1))) & np.uint64(0x3333333333333333)
+    x = (x | (x >> np.uint64(2))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
+    x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+    return (x | (x >> np.uint64(16))) & np.uint64(0x00000000FFFFFFFF)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -262,3 +301,31 @@ def _observed(code: int, halves: float, counts: np.ndarray, out: np.ndarray, r0:
             vx = n * np.float64(counts[k + 2 * _CELLS]) - sx * sx
             vy = n * np.float64(counts[k + 4 * _CELLS]) - sy * sy
             out[r0 + r, c0 + c] = formula(code, n, halves, sx, sy, vx, vy, x)
+
+
+@numba.njit(cache=True, nogil=True)
+def judge(a: Planes, i: int, b: Planes, j: int, most: float, counts: np.ndarray, linked: np.ndarray) -> None:
+    """linked uint32 (32,): bit c of r where x x > most vx vy, for the sums of one tile. No quotient, and a bit for a pair."""
+    if a.kind >= PHASED_MISSING:
+        for r in range(BLOCK):
+            word = np.uint32(0)
+            for c in range(BLOCK):
+                k = r * BLOCK + c
+                n, sx, sy = (
+                    np.float64(counts[k + 5 * _CELLS]),
+                    np.float64(counts[k + _CELLS]),
+                    np.float64(counts[k + 3 * _CELLS]),
+                )
+                x = n * np.float64(counts[k]) - sx * sy
+                vx = n * np.float64(counts[k + 2 * _CELLS]) - sx * sx
+                vy = n * np.float64(counts[k + 4 * _CELLS]) - sy * sy
+                word |= np.uint32(x * x > most * vx * vy) << np.uint32(c)
+            linked[r] = word
+        return
+    n = np.float64(a.n)
+    for r in range(BLOCK):
+        sx, bound, word = a.sum_l[i * BLOCK + r], most * a.variance_l[i * BLOCK + r], np.uint32(0)
+        for c in range(BLOCK):
+            x = n * np.float64(counts[r * BLOCK + c]) - sx * b.sum_l[j * BLOCK + c]
+            word |= np.uint32(x * x > bound * b.variance_l[j * BLOCK + c]) << np.uint32(c)
+        linked[r] = word
