@@ -50,7 +50,7 @@ def pieces(path: Path, threads: int = 1) -> Generator[tuple[np.ndarray, int, int
     """Uint8 arrays with FRONT free bytes, the next bytes of the file, and at least PAD more; (array, end of the bytes, bytes of
     the file used so far).
 
-    An array is overwritten after the next but one has been given.
+    An array is overwritten when the next is asked for.
 
     Raises:
         Irregular: no such file, damage, truncation, or BGZF that is mixed with other gzip.
@@ -79,23 +79,18 @@ def pieces(path: Path, threads: int = 1) -> Generator[tuple[np.ndarray, int, int
 
 
 def _from_stream(stream: IO[bytes], raw: IO[bytes]) -> Generator[tuple[np.ndarray, int, int], None, None]:
-    arrays = [np.empty(FRONT + _PIECE + PAD, dtype=np.uint8) for _ in range(2)]
-    turn = 0
-    while count := stream.readinto(arrays[turn][FRONT : FRONT + _PIECE].data):  # type: ignore[attr-defined]
-        yield arrays[turn], FRONT + count, raw.tell()
-        turn = 1 - turn
+    array = np.empty(FRONT + _PIECE + PAD, dtype=np.uint8)
+    while count := stream.readinto(array[FRONT : FRONT + _PIECE].data):  # type: ignore[attr-defined]
+        yield array, FRONT + count, raw.tell()
 
 
 def _from_blocks(raw: IO[bytes], threads: int) -> Generator[tuple[np.ndarray, int, int], None, None]:
     jobs = _jobs(raw)
     ahead = threads if threads > 1 else 0
-    free = deque(np.empty(FRONT + _PIECE + PAD, dtype=np.uint8) for _ in range(ahead + 2))
-    given: deque[np.ndarray] = deque()
+    free = deque(np.empty(FRONT + _PIECE + PAD, dtype=np.uint8) for _ in range(ahead + 1))
     if not ahead:
         for job in jobs:
-            array = free.popleft()
-            yield array, _inflate(job, array), job[2]
-            free.append(array)
+            yield free[0], _inflate(job, free[0]), job[2]
         return
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[np.ndarray, Future[int], int]] = deque()
@@ -112,9 +107,7 @@ def _from_blocks(raw: IO[bytes], threads: int) -> Generator[tuple[np.ndarray, in
                 if waiting:
                     array, done, used = waiting.popleft()
                     yield array, done.result(), used
-                    given.append(array)
-                    if len(given) > 1:
-                        free.append(given.popleft())
+                    free.append(array)
         finally:
             for _, done, _ in waiting:
                 done.cancel()

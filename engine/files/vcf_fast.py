@@ -91,7 +91,7 @@ class _Bytes:
 
     def more(self) -> bool:
         """Get at least as many bytes as are left; False at the end of the file."""
-        left = self.buffer[self.at : self.end]
+        left = self.buffer[self.at : self.end].copy()  # the next piece may come in the same array
         found = next(self._pieces, None)
         if found is None:
             return False

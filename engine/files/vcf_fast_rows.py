@@ -85,7 +85,10 @@ class Rows:
             if self.keep is not None:
                 index = np.stack([2 * self.keep, 2 * self.keep + 1], axis=1).ravel()
                 rows_lw = genotypes.take_haplotypes(rows_lw, self.n, index)
-                missing_lw = genotypes.take_haplotypes(missing_lw, self.n, index)
+                if out.found[0]:
+                    missing_lw = genotypes.take_haplotypes(missing_lw, self.n, index)
+                else:
+                    missing_lw = np.zeros_like(rows_lw)
                 self.taken.append((rows_lw, missing_lw))
             inside = table[table[:, t.ROW] >= 0]
             columns = self._columns(inside)
@@ -103,7 +106,8 @@ class Rows:
             for key, column in columns.items():
                 self.columns[key].append(column)
         if self.keep is not None:
-            out.missing_lw[: state[t.ROWS]] = 0
+            if out.found[0]:
+                out.missing_lw[: state[t.ROWS]] = 0
             state[t.ROWS] = 0
         state[[t.RECORDS, t.ALT_ROWS, t.IDS, t.REFS, t.ALTS, t.ODD]] = 0
         self._make_room(share)
