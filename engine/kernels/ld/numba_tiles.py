@@ -124,7 +124,7 @@ def run(task: Callable[[int], None], count: int) -> None:
 def _dosages(
     bits_lw: np.ndarray, n: int, p0: np.ndarray, p1: np.ndarray, sum_l: np.ndarray, variance_l: np.ndarray
 ) -> None:
-    """Planes of `bits.dosage_planes` and their moments in one pass, several words at a time: where few pairs are looked at, this
+    """Planes of `bits.dosage_planes` and their moments in one pass, several words at a time: where few pairs are asked for, it
     is what costs. The dosage less one is nonzero where two neighbouring bits are alike, and negative where both are 0.
     """
     columns, last = bits_lw.shape[1], p0.shape[1] - 1
@@ -263,69 +263,65 @@ def _complete(
 ) -> None:
     """`formula` over a tile where nothing is missing. The measure is asked for once a row, so that the loops have no branch."""
     for r in range(BLOCK):
-        sx, vx, at = sum_i[r], variance_i[r], r * BLOCK
+        sx, vx = sum_i[r], variance_i[r]
+        row, sxy = (
+            out[r0 + r, c0 : c0 + BLOCK],
+            counts[r * BLOCK : (r + 1) * BLOCK],
+        )  # a slice: else values are scattered
         if code == 0:
             for c in range(BLOCK):
-                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
-                out[r0 + r, c0 + c] = formula(0, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+                x = n * np.float64(sxy[c]) - sx * sum_j[c]
+                row[c] = formula(0, n, halves, sx, sum_j[c], vx, variance_j[c], x)
         elif code == 1:
             for c in range(BLOCK):
-                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
-                out[r0 + r, c0 + c] = formula(1, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+                x = n * np.float64(sxy[c]) - sx * sum_j[c]
+                row[c] = formula(1, n, halves, sx, sum_j[c], vx, variance_j[c], x)
         elif code == 2:
             for c in range(BLOCK):
-                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
-                out[r0 + r, c0 + c] = formula(2, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+                x = n * np.float64(sxy[c]) - sx * sum_j[c]
+                row[c] = formula(2, n, halves, sx, sum_j[c], vx, variance_j[c], x)
         elif code == 3:
             for c in range(BLOCK):
-                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
-                out[r0 + r, c0 + c] = formula(3, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+                x = n * np.float64(sxy[c]) - sx * sum_j[c]
+                row[c] = formula(3, n, halves, sx, sum_j[c], vx, variance_j[c], x)
         else:
             for c in range(BLOCK):
-                x = n * np.float64(counts[at + c]) - sx * sum_j[c]
-                out[r0 + r, c0 + c] = formula(4, n, halves, sx, sum_j[c], vx, variance_j[c], x)
+                x = n * np.float64(sxy[c]) - sx * sum_j[c]
+                row[c] = formula(4, n, halves, sx, sum_j[c], vx, variance_j[c], x)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _observed(code: int, halves: float, counts: np.ndarray, out: np.ndarray, r0: int, c0: int) -> None:
     """`formula` over a tile of counts sxy, sx, sxx, sy, syy, n, each int32 (1024,)."""
+    sums = counts.reshape(6, BLOCK, BLOCK)
     for r in range(BLOCK):
+        row = out[r0 + r, c0 : c0 + BLOCK]
         for c in range(BLOCK):
-            k = r * BLOCK + c
-            sx, sy, n = (
-                np.float64(counts[k + _CELLS]),
-                np.float64(counts[k + 3 * _CELLS]),
-                np.float64(counts[k + 5 * _CELLS]),
-            )
-            x = n * np.float64(counts[k]) - sx * sy
-            vx = n * np.float64(counts[k + 2 * _CELLS]) - sx * sx
-            vy = n * np.float64(counts[k + 4 * _CELLS]) - sy * sy
-            out[r0 + r, c0 + c] = formula(code, n, halves, sx, sy, vx, vy, x)
+            sx, sy, n = np.float64(sums[1, r, c]), np.float64(sums[3, r, c]), np.float64(sums[5, r, c])
+            x = n * np.float64(sums[0, r, c]) - sx * sy
+            vx, vy = n * np.float64(sums[2, r, c]) - sx * sx, n * np.float64(sums[4, r, c]) - sy * sy
+            row[c] = formula(code, n, halves, sx, sy, vx, vy, x)
 
 
 @numba.njit(cache=True, nogil=True)
 def judge(a: Planes, i: int, b: Planes, j: int, most: float, counts: np.ndarray, linked: np.ndarray) -> None:
     """linked uint32 (32,): bit c of r where x x > most vx vy, for the sums of one tile. No quotient, and a bit for a pair."""
+    sums = counts.reshape(6, BLOCK, BLOCK)
     if a.kind >= PHASED_MISSING:
         for r in range(BLOCK):
             word = np.uint32(0)
             for c in range(BLOCK):
-                k = r * BLOCK + c
-                n, sx, sy = (
-                    np.float64(counts[k + 5 * _CELLS]),
-                    np.float64(counts[k + _CELLS]),
-                    np.float64(counts[k + 3 * _CELLS]),
-                )
-                x = n * np.float64(counts[k]) - sx * sy
-                vx = n * np.float64(counts[k + 2 * _CELLS]) - sx * sx
-                vy = n * np.float64(counts[k + 4 * _CELLS]) - sy * sy
+                sx, sy, n = np.float64(sums[1, r, c]), np.float64(sums[3, r, c]), np.float64(sums[5, r, c])
+                x = n * np.float64(sums[0, r, c]) - sx * sy
+                vx, vy = n * np.float64(sums[2, r, c]) - sx * sx, n * np.float64(sums[4, r, c]) - sy * sy
                 word |= np.uint32(x * x > most * vx * vy) << np.uint32(c)
             linked[r] = word
         return
     n = np.float64(a.n)
+    sum_j, variance_j = b.sum_l[j * BLOCK : (j + 1) * BLOCK], b.variance_l[j * BLOCK : (j + 1) * BLOCK]
     for r in range(BLOCK):
         sx, bound, word = a.sum_l[i * BLOCK + r], most * a.variance_l[i * BLOCK + r], np.uint32(0)
         for c in range(BLOCK):
-            x = n * np.float64(counts[r * BLOCK + c]) - sx * b.sum_l[j * BLOCK + c]
-            word |= np.uint32(x * x > bound * b.variance_l[j * BLOCK + c]) << np.uint32(c)
+            x = n * np.float64(sums[0, r, c]) - sx * sum_j[c]
+            word |= np.uint32(x * x > bound * variance_j[c]) << np.uint32(c)
         linked[r] = word
