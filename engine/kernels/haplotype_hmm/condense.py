@@ -82,20 +82,21 @@ def _octets(reference_lw, first, stop, octet_ik):
 
 
 @njit(cache=True, nogil=True)
-def _refine(class_k, classes, octet_k, finer_k, name, stamp, now):
+def _refine(class_k, octet_k, finer_k, name, start):
     """Classes split by eight more alleles, numbered by first appearance; how many there are now.
 
-    `name` and `stamp` are scratch of 256 places per old class; a stamp below `now` marks a name as of another call.
+    `name` is scratch of 256 places per old class: a number below `start` is of an earlier call and means nothing.
     """
-    found = 0
+    found = start
     for k in range(len(class_k)):
-        key = 256 * np.int64(class_k[k]) + np.int64(octet_k[k])
-        if stamp[key] != now:
-            stamp[key] = now
+        key = np.uint64(256) * np.uint64(class_k[k]) + np.uint64(octet_k[k])
+        own = name[key]
+        if own < start:
+            own = found
             name[key] = found
             found += 1
-        finer_k[k] = name[key]
-    return found
+        finer_k[k] = own - start
+    return found - start
 
 
 @njit(cache=True, nogil=True)
@@ -103,22 +104,21 @@ def _cut(begin, end, reference_lw, label_k, labels, size_sb, classes_sb, class_b
     """Blocks of each stretch: their sites, numbers of classes and classes, at most STRETCH // 8 of each."""
     sites, k = len(reference_lw), len(label_k)
     per_stretch = STRETCH // 8
+    name, start = np.zeros(256 * max(labels, MOST_CLASSES), np.int64), 1
     for s in range(begin, end):
         first = s * STRETCH
         stop = min(sites, first + STRETCH)
         octet_ik = np.empty(((stop - first + 7) // 8, k), np.uint8)
         _octets(reference_lw, first, stop, octet_ik)
-        scratch = 256 * max(labels, MOST_CLASSES)
-        name, stamp, now = np.empty(scratch, np.int32), np.zeros(scratch, np.int32), 0
         classes_k, finer_k = np.empty(k, np.int32), np.empty(k, np.int32)
         row, block = 0, 0
         while row < len(octet_ik):
-            now += 1
-            classes = _refine(label_k, labels, octet_ik[row], classes_k, name, stamp, now)
+            classes = _refine(label_k, octet_ik[row], classes_k, name, start)
+            start += classes
             width = 1
             while row + width < len(octet_ik) and width < 8 and classes <= MOST_CLASSES:
-                now += 1
-                finer = _refine(classes_k, classes, octet_ik[row + width], finer_k, name, stamp, now)
+                finer = _refine(classes_k, octet_ik[row + width], finer_k, name, start)
+                start += finer
                 old = HAPLOTYPE_COST * k / (8 * width) + CLASS_COST * classes
                 new = HAPLOTYPE_COST * k / (8 * width + 8) + CLASS_COST * finer
                 if new > old or finer > 65535:

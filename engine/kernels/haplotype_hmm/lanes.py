@@ -77,6 +77,17 @@ def store(typingctx, array, at, value):
 
 
 @intrinsic
+def item(typingctx, array, at):
+    """One value of a one-dimensional array; `at` is not looked at for being negative, which costs registers."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return array.dtype(array, types.intp), code
+
+
+@intrinsic
 def splat(typingctx, array, value):
     """Vector of one number, of the dtype of `array` (which is not read)."""
     lanes = Lanes(array.dtype)

@@ -82,11 +82,10 @@ def log_likelihood(
         return result_n
     excluded = _excluded(exclude_ne, len(target_nl))
     if len(target_nl) <= FEW and ancestry is None:
-        uniform = prior_k is None and not (excluded >= 0).any()
         prior = np.full(k, 1.0 / k) if prior_k is None else prior_k
         in_threads(
             numba_direct.log_likelihood, len(target_nl), reference_lw, k, target_nl, switch_l, mismatch_l, prior,
-            excluded, uniform, np.empty(0, dtype), result_n, chunk=1,
+            excluded, prior_k is None, np.empty(0, dtype), result_n, chunk=1,
         )  # fmt: skip
         return result_n
     condensed, moves, prior_ak, like = _prepared(reference_lw, k, switch_l, mismatch_l, prior_k, ancestry, dtype)

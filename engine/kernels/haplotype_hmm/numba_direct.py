@@ -18,16 +18,16 @@ from engine.kernels.haplotype_hmm.lanes import BYTES, add, load, mul, mul_where,
 
 
 @njit(cache=True, nogil=True)
-def advance(state, prior, evenly, bits, at, flip, keep, enter, odds):
+def advance(state, prior, each, evenly, bits, at, flip, keep, enter, odds):
     """All states by one site, four vectors a step; their sum in float64.
 
-    The first `evenly` steps enter by prior[0], the others by their own prior. Bits start at word `at`; where one
+    The first `evenly` steps enter by `each`, the others by their own prior. Bits start at word `at`; where one
     differs from `flip` the state is multiplied by `odds`.
     """
     lanes = BYTES // state.itemsize
     width = np.uint64(lanes)
     keep_v, enter_v, odds_v = splat(state, keep), splat(state, enter), splat(state, odds)
-    each_v = mul(enter_v, splat(state, prior[0]))
+    each_v = mul(enter_v, splat(state, each))
     zero = splat(state, state.dtype.type(0))
     sum_0, sum_1, sum_2, sum_3 = zero, zero, zero, zero
     for step in range(evenly):
@@ -70,7 +70,9 @@ def log_likelihood(
         for excluded in exclude_ne[n]:
             if excluded >= 0:
                 own_k[excluded] = 0.0
-        prior[:k] = (own_k / own_k.sum()).astype(like.dtype)
+        own_k /= own_k.sum()
+        prior[:k] = own_k.astype(like.dtype)
+        each = number(own_k.max())  # what all have that are not excluded, where that is used
         log_total, product, scale = 0.0, 1.0, 1.0
         for site in range(sites):
             allele, mismatch = target_nl[n, site], mismatch_l[site]
@@ -84,7 +86,13 @@ def log_likelihood(
                 factor *= 1.0 - mismatch
             elif allele != 255:  # only states that differ remain
                 flip, odds = ~flip, 0.0
-            scale = advance(state, prior, evenly, bits, site * words, flip, number(keep), number(enter), number(odds))
+            scale = advance(
+                state, prior, each, evenly, bits, site * words, flip, number(keep), number(enter), number(odds)
+            )
+            for excluded in exclude_ne[n]:
+                if excluded >= 0:  # at most what entered it just now
+                    scale -= state[excluded]
+                    state[excluded] = 0
             if not scale > 0.0:
                 log_total = -np.inf
                 break

@@ -33,6 +33,7 @@ from engine.kernels.haplotype_hmm.lanes import (
     add,
     choose,
     div,
+    item,
     larger,
     load,
     mul,
@@ -43,7 +44,6 @@ from engine.kernels.haplotype_hmm.lanes import (
     zeros,
 )
 
-TABLES = 4
 LARGEST_32, LARGEST_64 = 1e30, 1e290  # where alpha, c and their backward fellows stop
 
 
@@ -220,35 +220,31 @@ def walked_n(walk, used):
 
 
 @njit(cache=True, nogil=True)
-def step_classes(alpha, c, before, after, classes, groups, a, mass, weight, pattern_c, first, bit, walk):
-    """One site for all classes of group `a`: alpha (with a = 0 only) and c from slot `before` to slot `after` of their
-    arrays, and the new F_a into the walk."""
+def step_classes(alpha, c, alpha_to, c_to, classes, a, mass, weight, pattern_c, bit, step, enter, of_group_at):
+    """One site for all classes of group `a`: alpha (with a = 0 only) and c into alpha_to and c_to, and the new F_a."""
     number = alpha.dtype.type
     bound = splat(alpha, number(LARGEST_32 if alpha.itemsize == 4 else LARGEST_64))
     total, entered = splat(alpha, number(0)), splat(alpha, number(0))
-    at, shift = a * classes, np.uint64(bit)
-    alpha_from, alpha_to = before * classes, after * classes
-    c_from, c_to = (before * groups + a) * classes, (after * groups + a) * classes
-    step, enter = walk.step, walk.enter
+    shift = np.uint64(bit)
     for u in range(classes):
-        allele = np.intp((pattern_c[first + u] >> shift) & np.uint64(1))
+        allele = np.intp((item(pattern_c, u) >> shift) & np.uint64(1))
         by = load(step, allele)
         if a == 0:
-            alpha_u = smaller(mul(load(alpha, alpha_from + u), by), bound)
-            store(alpha, alpha_to + u, alpha_u)
+            alpha_u = smaller(mul(load(alpha, u), by), bound)
+            store(alpha_to, u, alpha_u)
         else:
-            alpha_u = load(alpha, alpha_to + u)
-        c_u = smaller(muladd(load(c, c_from + u), by, load(enter, 2 * a + allele)), bound)
-        store(c, c_to + u, c_u)
-        total = muladd(load(mass, at + u), alpha_u, total)
-        entered = muladd(load(weight, at + u), c_u, entered)
-    store(walk.of_group_at, a, add(total, entered))
+            alpha_u = load(alpha_to, u)
+        c_u = smaller(muladd(load(c, u), by, load(enter, allele)), bound)
+        store(c_to, u, c_u)
+        total = muladd(load(mass, u), alpha_u, total)
+        entered = muladd(load(weight, u), c_u, entered)
+    store(of_group_at, a, add(total, entered))
 
 
 @njit(cache=True, nogil=True)
 def walk_site(condensed, moves, group, block, site, alpha, c, before, after, mass, weight, walk):
     """Forward by one site: the classes, F_a and the likelihood so far."""
-    number, groups = alpha.dtype.type, len(moves.prior_a)
+    number, groups, lanes = alpha.dtype.type, len(moves.prior_a), BYTES // alpha.itemsize
     one, zero = group.one_l[site], group.zero_l[site]
     # what most paths do, to stay and to copy rightly, has weight 1: a rounded constant would be wrong L times over
     right, wrong = 1.0 - moves.mismatch_l[site], moves.mismatch_l[site]
@@ -274,7 +270,12 @@ def walk_site(condensed, moves, group, block, site, alpha, c, before, after, mas
     bit = site - condensed.block_b[block]
     total = splat(alpha, number(0))
     for a in range(groups):
-        step_classes(alpha, c, before, after, classes, groups, a, mass, weight, condensed.pattern_c, first, bit, walk)
+        c_at, c_to = (before * groups + a) * classes * lanes, (after * groups + a) * classes * lanes
+        step_classes(
+            alpha[before * classes * lanes :], c[c_at:], alpha[after * classes * lanes :], c[c_to:], classes, a,
+            mass[a * classes * lanes :], weight[a * classes * lanes :], condensed.pattern_c[first:], bit, walk.step,
+            walk.enter[2 * a * lanes :], walk.of_group_at,
+        )  # fmt: skip
         total = add(total, load(walk.of_group_at, a))
     store(walk.sum_t, 0, total)
     for t in range(len(walk.dead_t)):
@@ -283,18 +284,29 @@ def walk_site(condensed, moves, group, block, site, alpha, c, before, after, mas
 
 
 @njit(cache=True, nogil=True)
-def write_out(state, new, prior, at, alpha, c, alpha_at, c_at, class_k, mass, mass_at, stride, next_k, begin, end):
-    """new = state * alpha + prior * c over haplotypes begin .. end-1, summed into `mass` by the next block's classes.
+def write_out(state, new, prior, alpha, c, class_k, even, odd, next_k, begin, end):
+    """new = state * alpha + prior * c over haplotypes begin .. end-1, summed by the next block's classes.
 
-    There are TABLES of sums, used in turn: neighbours tend to be of one class, and one sum cannot be added to faster
+    The two tables of sums are used in turn: neighbours tend to be of one class, and one sum cannot be added to faster
     than what was written can be read again.
     """
-    for k in range(begin, end):
-        u, v = np.intp(class_k[k]), mass_at + (k % TABLES) * stride + np.intp(next_k[k])
-        mixed = mul(splat(state, prior[at + k]), load(c, c_at + u))
-        value = muladd(load(state, at + k), load(alpha, alpha_at + u), mixed)
-        store(new, at + k, value)
-        store(mass, v, add(load(mass, v), value))
+    for k in range(begin, end - 1, 2):
+        u, v = np.intp(item(class_k, k)), np.intp(item(next_k, k))
+        mixed = mul(splat(state, item(prior, k)), load(c, u))
+        value = muladd(load(state, k), load(alpha, u), mixed)
+        store(new, k, value)
+        store(even, v, add(load(even, v), value))
+        u, v = np.intp(item(class_k, k + 1)), np.intp(item(next_k, k + 1))
+        mixed = mul(splat(state, item(prior, k + 1)), load(c, u))
+        value = muladd(load(state, k + 1), load(alpha, u), mixed)
+        store(new, k + 1, value)
+        store(odd, v, add(load(odd, v), value))
+    if (end - begin) % 2 == 1:
+        u, v = np.intp(item(class_k, end - 1)), np.intp(item(next_k, end - 1))
+        mixed = mul(splat(state, item(prior, end - 1)), load(c, u))
+        value = muladd(load(state, end - 1), load(alpha, u), mixed)
+        store(new, end - 1, value)
+        store(even, v, add(load(even, v), value))
 
 
 @njit(cache=True, nogil=True)
@@ -307,32 +319,29 @@ def next_state(condensed, moves, group, block, state, new, alpha, c, slot):
     classes = condensed.offset_b[block + 1] - condensed.offset_b[block]
     next_classes = condensed.offset_b[block + 2] - condensed.offset_b[block + 1]
     stride = groups * next_classes
-    mass = zeros(state, TABLES * stride)
+    even, odd = zeros(state, stride), zeros(state, stride)
     excluded_x = group.excluded_x
+    own_alpha = alpha[slot * classes * lanes :]
     for a in range(groups):
-        begin = 0
-        c_at = (slot * groups + a) * classes
+        begin, row, own = 0, a * k * lanes, slice(a * next_classes * lanes, (a + 1) * next_classes * lanes)
+        own_c = c[(slot * groups + a) * classes * lanes :]
         for x in range(len(excluded_x) + 1):
             end = excluded_x[x] if x < len(excluded_x) else k
             write_out(
-                state, new, moves.prior_ak, a * k, alpha, c, slot * classes, c_at, class_k, mass,
-                a * next_classes, stride, next_k, begin, end,
+                state[row:], new[row:], moves.prior_ak[a * k :], own_alpha, own_c, class_k, even[own], odd[own], next_k,
+                begin, end,
             )  # fmt: skip
             if x < len(excluded_x):  # one haplotype that some lane may not copy
                 for t in range(lanes):
-                    at, u = (a * k + end) * lanes + t, np.intp(class_k[end])
-                    mixed = moves.prior_ak[a * k + end] * c[(c_at + u) * lanes + t]
-                    value = state[at] * alpha[(slot * classes + u) * lanes + t] + mixed
+                    at, u = row + end * lanes + t, np.intp(class_k[end]) * lanes + t
+                    value = state[at] * own_alpha[u] + moves.prior_ak[a * k + end] * own_c[u]
                     value *= group.allowed_xt[x * lanes + t]
                     new[at] = value
-                    mass[(a * next_classes + np.intp(next_k[end])) * lanes + t] += value
+                    even[(a * next_classes + np.intp(next_k[end])) * lanes + t] += value
             begin = end + 1
     for v in range(stride):
-        value = load(mass, v)
-        for table in range(1, TABLES):
-            value = add(value, load(mass, table * stride + v))
-        store(mass, v, value)
-    return mass
+        store(even, v, add(load(even, v), load(odd, v)))
+    return even
 
 
 @njit(cache=True, nogil=True)
@@ -394,12 +403,12 @@ def log_likelihood(begin, end, condensed, moves, target_nl, exclude_ne, prior_ak
 
 
 @njit(cache=True, nogil=True)
-def values_at(state, prior, at, alpha, c, alpha_at, c_at, class_k, begin, end, out):
+def values_at(state, prior, alpha, c, class_k, begin, end, out):
     """out = state * alpha + prior * c over haplotypes begin .. end-1."""
     for k in range(begin, end):
-        u = np.intp(class_k[k])
-        mixed = mul(splat(state, prior[at + k]), load(c, c_at + u))
-        store(out, k - begin, muladd(load(state, at + k), load(alpha, alpha_at + u), mixed))
+        u = np.intp(item(class_k, k))
+        mixed = mul(splat(state, item(prior, k)), load(c, u))
+        store(out, k - begin, muladd(load(state, k), load(alpha, u), mixed))
 
 
 @njit(cache=True, nogil=True)
@@ -428,7 +437,16 @@ def forward_states(begin, end, condensed, moves, target_nl, exclude_ne, prior_ak
                 log_ns[i * lanes : i * lanes + used, slot] = walked_n(walk, used)
                 class_k = condensed.class_bk[condensed.row_b[block]]
                 for a in range(groups):
-                    values_at(state, moves.prior_ak, a * k, alpha, c, 0, a * classes, class_k, 0, k, out)
+                    values_at(
+                        state[a * k * lanes :],
+                        moves.prior_ak[a * k :],
+                        alpha,
+                        c[a * classes * lanes :],
+                        class_k,
+                        0,
+                        k,
+                        out,
+                    )
                     for t in range(used):
                         scale = np.nan if walk.dead_t[t] else 1.0 / walk.sum_t[t]
                         for j in range(k):

@@ -25,6 +25,7 @@ from engine.kernels.haplotype_hmm.lanes import (
     any_above,
     choose,
     div,
+    item,
     larger,
     load,
     mul,
@@ -37,7 +38,6 @@ from engine.kernels.haplotype_hmm.lanes import (
 from engine.kernels.haplotype_hmm.numba_lanes import (
     LARGEST_32,
     LARGEST_64,
-    TABLES,
     class_weights,
     count_bits,
     gather_group,
@@ -100,8 +100,8 @@ class Back(NamedTuple):
 def start_back(groups, most, labels, like):
     lanes = BYTES // like.itemsize
     back = Back(
-        zeros(like, 1), zeros(like, groups), zeros(like, groups), zeros(like, TABLES * groups * most),
-        zeros(like, TABLES * groups * most), zeros(like, most), zeros(like, groups * most), zeros(like, most),
+        zeros(like, 1), zeros(like, groups), zeros(like, groups), zeros(like, groups * most),
+        zeros(like, groups * most), zeros(like, most), zeros(like, groups * most), zeros(like, most),
         zeros(like, groups * most), zeros(like, most), zeros(like, 2 * groups), zeros(like, 2), zeros(like, 1),
         zeros(like, 2), np.ones(lanes), np.zeros(lanes, np.int64),
     )  # fmt: skip
@@ -110,16 +110,15 @@ def start_back(groups, most, labels, like):
 
 
 @njit(cache=True, nogil=True)
-def fold_back(h, possible, prior, at, kept, beta, d, d_at, class_k, joint, reverse, at_sum, stride, next_k, begin, end):
-    """h = h * beta + possible * d over haplotypes begin .. end-1, and its sums against the states `kept` before the
-    next (earlier) block and against the prior, by that block's classes; in TABLES tables, as in write_out."""
+def fold_back(h, possible, prior, kept, beta, d, class_k, joint, reverse, next_k, begin, end):
+    """h = h * beta + possible * d over haplotypes begin .. end-1, and its sums against the states `kept`
+    before the next (earlier) block and against the prior, by that block's classes."""
     for k in range(begin, end):
-        u, v = np.intp(class_k[k]), at_sum + (k % TABLES) * stride + np.intp(next_k[k])
-        here = mul(splat(h, possible[at + k]), load(d, d_at + u))
-        value = muladd(load(h, at + k), load(beta, u), here)
-        store(h, at + k, value)
-        store(joint, v, muladd(load(kept, at + k), value, load(joint, v)))
-        store(reverse, v, muladd(splat(h, prior[at + k]), value, load(reverse, v)))
+        u, v = np.intp(item(class_k, k)), np.intp(item(next_k, k))
+        value = muladd(load(h, k), load(beta, u), mul(splat(h, item(possible, k)), load(d, u)))
+        store(h, k, value)
+        store(joint, v, muladd(load(kept, k), value, load(joint, v)))
+        store(reverse, v, muladd(splat(h, item(prior, k)), value, load(reverse, v)))
 
 
 @njit(cache=True, nogil=True)
@@ -130,9 +129,8 @@ def enter_block(condensed, moves, group, h, kept, block, later, back):
     lanes = BYTES // h.itemsize
     next_k = condensed.class_bk[condensed.row_b[block]]
     classes = condensed.offset_b[block + 1] - condensed.offset_b[block]
-    stride = groups * classes
-    back.joint[: TABLES * stride * lanes] = 0
-    back.reverse[: TABLES * stride * lanes] = 0
+    back.joint[: groups * classes * lanes] = 0
+    back.reverse[: groups * classes * lanes] = 0
     class_k, later_classes = next_k, classes
     if later < 0:  # one class that multiplies 0 and adds 1
         back.beta[: classes * lanes] = 0
@@ -142,73 +140,66 @@ def enter_block(condensed, moves, group, h, kept, block, later, back):
         later_classes = condensed.offset_b[later + 1] - condensed.offset_b[later]
     excluded_x = group.excluded_x
     for a in range(groups):
-        begin = 0
+        begin, row, own = 0, a * k * lanes, a * classes * lanes
+        d = back.d[a * later_classes * lanes :]
         for x in range(len(excluded_x) + 1):
             end = excluded_x[x] if x < len(excluded_x) else k
             fold_back(
-                h, moves.possible_ak, moves.prior_ak, a * k, kept, back.beta, back.d, a * later_classes, class_k,
-                back.joint, back.reverse, a * classes, stride, next_k, begin, end,
+                h[row:], moves.possible_ak[a * k :], moves.prior_ak[a * k :], kept[row:], back.beta, d, class_k,
+                back.joint[own:], back.reverse[own:], next_k, begin, end,
             )  # fmt: skip
             if x < len(excluded_x):
                 for t in range(lanes):
-                    at, u = (a * k + end) * lanes + t, np.intp(class_k[end])
-                    value = h[at] * back.beta[u * lanes + t]
-                    value += moves.possible_ak[a * k + end] * back.d[(a * later_classes + u) * lanes + t]
+                    at, u = row + end * lanes + t, np.intp(class_k[end]) * lanes + t
+                    value = h[at] * back.beta[u] + moves.possible_ak[a * k + end] * d[u]
                     value *= group.allowed_xt[x * lanes + t]
                     h[at] = value
-                    to = (a * classes + np.intp(next_k[end])) * lanes + t
+                    to = own + np.intp(next_k[end]) * lanes + t
                     back.joint[to] += kept[at] * value
                     back.reverse[to] += moves.prior_ak[a * k + end] * value
             begin = end + 1
-    for v in range(stride):
-        joint, reverse = load(back.joint, v), load(back.reverse, v)
-        for table in range(1, TABLES):
-            joint = add(joint, load(back.joint, table * stride + v))
-            reverse = add(reverse, load(back.reverse, table * stride + v))
-        store(back.joint, v, joint)
-        store(back.reverse, v, reverse)
     back.beta[: classes * lanes] = 1
     back.d[: groups * classes * lanes] = 0
 
 
 @njit(cache=True, nogil=True)
-def back_classes(alpha, c, slot, classes, groups, a, mass, weight, pattern_c, first, bit, back):
-    """Posterior of the classes of group `a` at one site, added to back.gamma; its sums by allele; h of the site and G_a."""
+def back_classes(
+    alpha, c, joint, reverse, mass, weight, pattern_c, bit, beta, before_beta, d, before_d, gamma, a, classes, back
+):
+    """Posterior of the classes of group `a` at one site, added to gamma; its sums by allele; h of the site and G_a."""
     number = alpha.dtype.type
     zero, bound = splat(alpha, number(0)), splat(alpha, number(LARGEST_32 if alpha.itemsize == 4 else LARGEST_64))
-    keep, enter = load(back.keep, 0), load(back.enter, a)
-    with_0, everything, mean = zero, zero, zero
-    own, shift = a * classes, np.uint64(bit)
-    alpha_at, c_at = slot * classes, (slot * groups + a) * classes
+    keep, enter, emission = load(back.keep, 0), load(back.enter, a), back.emission
+    with_0, everything, by_beta, by_d = zero, zero, zero, zero
+    shift = np.uint64(bit)
     for u in range(classes):
-        beta_u = smaller(mul(keep, load(back.beta, u)), bound) if a == 0 else load(back.before_beta, u)
-        d_u = smaller(muladd(keep, load(back.d, own + u), enter), bound)
-        alpha_u, c_u = load(alpha, alpha_at + u), load(c, c_at + u)
-        joint, reverse = load(back.joint, own + u), load(back.reverse, own + u)
-        mass_u, weight_u = load(mass, own + u), load(weight, own + u)
-        forward = muladd(alpha_u, joint, mul(c_u, reverse))  # sum of f h1
-        gamma = muladd(beta_u, forward, mul(d_u, muladd(alpha_u, mass_u, mul(c_u, weight_u))))
-        allele = np.intp((pattern_c[first + u] >> shift) & np.uint64(1))
-        everything = add(everything, gamma)
-        with_0 = muladd(gamma, splat(alpha, number(1 - allele)), with_0)
-        store(back.gamma, u, gamma if a == 0 else add(gamma, load(back.gamma, u)))
-        by = load(back.emission, allele)
-        store(back.before_d, own + u, d_u)
+        beta_u = smaller(mul(keep, load(beta, u)), bound) if a == 0 else load(before_beta, u)
+        d_u = smaller(muladd(keep, load(d, u), enter), bound)
+        alpha_u, c_u = load(alpha, u), load(c, u)
+        reverse_u, weight_u = load(reverse, u), load(weight, u)
+        forward = muladd(alpha_u, load(joint, u), mul(c_u, reverse_u))  # sum of f h1
+        gamma_u = muladd(beta_u, forward, mul(d_u, muladd(alpha_u, load(mass, u), mul(c_u, weight_u))))
+        allele = np.intp((item(pattern_c, u) >> shift) & np.uint64(1))
+        everything = add(everything, gamma_u)
+        with_0 = muladd(gamma_u, splat(alpha, number(1 - allele)), with_0)
+        store(gamma, u, gamma_u if a == 0 else add(gamma_u, load(gamma, u)))
+        by = load(emission, allele)
+        store(before_d, u, d_u)
         if a == 0:
-            store(back.before_beta, u, beta_u)
-            store(back.beta, u, mul(beta_u, by))
+            store(before_beta, u, beta_u)
+            store(beta, u, mul(beta_u, by))
         d_u = mul(d_u, by)
-        store(back.d, own + u, d_u)
-        mean = muladd(mul(beta_u, by), reverse, muladd(d_u, weight_u, mean))
+        store(d, u, d_u)
+        by_beta, by_d = muladd(mul(beta_u, by), reverse_u, by_beta), muladd(d_u, weight_u, by_d)
     store(back.allele_sum, 2 * a, with_0)
     store(back.allele_sum, 2 * a + 1, everything)
-    store(back.of_group_at, a, mean)
+    store(back.of_group_at, a, add(by_beta, by_d))
 
 
 @njit(cache=True, nogil=True)
 def back_site(moves, group, site, alpha, c, slot, classes, mass, weight, pattern_c, first, bit, back):
     """Posterior of the classes at one site, and h of it from b of it."""
-    number, groups = alpha.dtype.type, len(moves.prior_a)
+    number, groups, lanes = alpha.dtype.type, len(moves.prior_a), BYTES // alpha.itemsize
     one, zero = group.one_l[site], group.zero_l[site]
     right, wrong = 1.0 - moves.mismatch_l[site], moves.mismatch_l[site]
     seen_factor = right if right > 0.0 else wrong
@@ -218,7 +209,12 @@ def back_site(moves, group, site, alpha, c, slot, classes, mass, weight, pattern
     store(back.emission, 1, choose(one, same, choose(zero, other, unseen)))
     total = splat(alpha, number(0))
     for a in range(groups):
-        back_classes(alpha, c, slot, classes, groups, a, mass, weight, pattern_c, first, bit, back)
+        own = a * classes * lanes
+        back_classes(
+            alpha[slot * classes * lanes :], c[(slot * groups + a) * classes * lanes :], back.joint[own:],
+            back.reverse[own:], mass[own:], weight[own:], pattern_c[first:], bit, back.beta, back.before_beta, back.d[own:],
+            back.before_d[own:], back.gamma, a, classes, back,
+        )  # fmt: skip
         of_group = mul(load(back.of_group_at, a), load(group.scale_at, a))
         store(back.of_group_at, a, of_group)
         total = muladd(of_group, splat(alpha, number(moves.prior_a[a])), total)
@@ -312,10 +308,10 @@ def write_backward_logs(wanted, site, first_n, used, back, factor, dead_t):
 
 
 @njit(cache=True, nogil=True)
-def chunk_values(state, prior, at, alpha, c, alpha_at, c_at, class_k, begin, end, group, out):
+def chunk_values(state, prior, alpha, c, class_k, begin, end, group, out):
     """values_at, with 0 where a lane's target may not copy the haplotype."""
     lanes = BYTES // state.itemsize
-    values_at(state, prior, at, alpha, c, alpha_at, c_at, class_k, begin, end, out)
+    values_at(state, prior, alpha, c, class_k, begin, end, out)
     for x in range(len(group.excluded_x)):
         if begin <= group.excluded_x[x] < end:
             for t in range(lanes):
@@ -356,11 +352,12 @@ def write_states(
         floor[t] = 0.9999 * lowest if lowest > 0.0 and lowest < np.inf else 0.0
     kept = wanted.slot_l[site]
     for a in range(groups):
+        row = a * k * lanes
         for begin in range(0, k, CHUNK):
             end = min(k, begin + CHUNK)
             chunk_values(
-                h, moves.possible_ak, a * k, back.before_beta, back.before_d, 0, a * classes, class_k, begin, end,
-                group, backward,
+                h[row:], moves.possible_ak[a * k :], back.before_beta, back.before_d[a * classes * lanes :], class_k,
+                begin, end, group, backward,
             )  # fmt: skip
             if kept >= 0 and wanted.backward_nss.size:
                 for t in range(used):
@@ -370,8 +367,8 @@ def write_states(
             if top == 0 and wanted.every_nls.size == 0:
                 continue
             chunk_values(
-                state, moves.prior_ak, a * k, alpha, c, slot * classes, (slot * groups + a) * classes, class_k, begin,
-                end, group, forward,
+                state[row:], moves.prior_ak[a * k :], alpha[slot * classes * lanes :],
+                c[(slot * groups + a) * classes * lanes :], class_k, begin, end, group, forward,
             )  # fmt: skip
             peak = splat(state, state.dtype.type(0))
             for j in range(end - begin):
