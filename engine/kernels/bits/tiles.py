@@ -4,10 +4,11 @@ Rows are regrouped in blocks of 32, the words of a block interleaved ([block, wo
 word of 8 (AVX-512) or 4 (AVX2) neighbouring rows and a lane never needs a horizontal sum. A tile is written as LLVM IR with
 generic vectors: `llvm.ctpop` becomes `vpopcntq` where the processor has it and a byte shuffle elsewhere.
 
-`and_tile` counts common ones, `xor_tile` differing bits, `dot_tile` sums products of values in {-1, 0, 1} given as two planes
-(not zero, negative). What becomes of the 32 x 32 counts is left to the rooms that call these: linkage disequilibrium and
-nearest neighbours. Numba's cache does not see that a callee in another file has changed: after editing this file, delete
-the caches (`find engine -name '*.nb?' -delete`).
+`and_tile` counts common ones, `xor_tile` differing bits (`xor_words` those of some words, `observed_tile` those of two planes
+where both rows are observed), `dot_tile` sums products of values in {-1, 0, 1} given as two planes (not zero, negative). What
+becomes of the 32 x 32 counts is left to the rooms that call these: linkage disequilibrium and nearest neighbours. Numba's cache
+does not see that a callee in another file has changed: after editing this file, delete the caches
+(`find engine -name '*.nb?' -delete`).
 """
 
 from __future__ import annotations
@@ -186,6 +187,14 @@ def _both_and_unlike(builder: Any, a: list[Any], b: list[Any]) -> list[Any]:
 _dot_counts = _pair_counts(2, _DOT_VECTORS, (1, -2), _both_and_unlike)
 
 
+def _unlike_where_both(builder: Any, a: list[Any], b: list[Any]) -> list[Any]:
+    both = builder.and_(a[2], b[2])
+    return [builder.and_(both, builder.xor(a[plane], b[plane])) for plane in (0, 1)]
+
+
+_observed_counts = _pair_counts(3, _DOT_VECTORS, (1, 1), _unlike_where_both)
+
+
 @numba.njit(cache=True, nogil=True)
 def and_tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.ndarray) -> None:
     """counts int32 (1024,): common ones of the rows of block i of `packed` and of block j of `other`, row by row."""
@@ -206,6 +215,18 @@ def xor_tile(packed: np.ndarray, i: int, other: np.ndarray, j: int, counts: np.n
     counts[:] = 0
     for begin in range(0, words, _WORDS_AT_ONCE):
         length = min(_WORDS_AT_ONCE, words - begin)
+        a_at, b_at = (i * words + begin) * BLOCK, (j * words + begin) * BLOCK
+        for r in range(0, BLOCK, _ROWS):
+            for c in range(0, BLOCK, _LANES * _VECTORS):
+                _xor_counts((packed,), (other,), a_at + r, b_at + c, length, counts, r * BLOCK + c)
+
+
+@numba.njit(cache=True, nogil=True)
+def xor_words(packed: np.ndarray, i: int, other: np.ndarray, j: int, first: int, last: int, counts: np.ndarray) -> None:
+    """Adds to counts int32 (1024,) the differing bits of words [first, last) of block i of `packed` and block j of `other`."""
+    words = packed.shape[1]
+    for begin in range(first, last, _WORDS_AT_ONCE):
+        length = min(_WORDS_AT_ONCE, last - begin)
         a_at, b_at = (i * words + begin) * BLOCK, (j * words + begin) * BLOCK
         for r in range(0, BLOCK, _ROWS):
             for c in range(0, BLOCK, _LANES * _VECTORS):
@@ -236,3 +257,27 @@ def dot_tile(
                 _dot_counts(
                     (nonzero, negative), (other_nonzero, other_negative), a_at + r, b_at + c, length, counts, r * BLOCK + c
                 )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def observed_tile(
+    one: np.ndarray,
+    two: np.ndarray,
+    observed: np.ndarray,
+    i: int,
+    other_one: np.ndarray,
+    other_two: np.ndarray,
+    other_observed: np.ndarray,
+    j: int,
+    counts: np.ndarray,
+) -> None:
+    """counts int32 (1024,): bits of two planes that differ where both rows are observed, block i with block j, row by row."""
+    words = one.shape[1]
+    counts[:] = 0
+    for begin in range(0, words, _WORDS_AT_ONCE // 2):
+        length = min(_WORDS_AT_ONCE // 2, words - begin)
+        a_at, b_at = (i * words + begin) * BLOCK, (j * words + begin) * BLOCK
+        a, b = (one, two, observed), (other_one, other_two, other_observed)
+        for r in range(0, BLOCK, _ROWS):
+            for c in range(0, BLOCK, _LANES * _DOT_VECTORS):
+                _observed_counts(a, b, a_at + r, b_at + c, length, counts, r * BLOCK + c)
