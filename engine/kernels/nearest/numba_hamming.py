@@ -1,0 +1,344 @@
+"""Nearest rows of bits on the CPU: Hamming distance, and IBS distance of unphased genotypes.
+
+Distances are counted in register tiles of 32 x 32 rows (`bits.tiles`); a tile reaches the lists of the nearest only
+through rows whose nearest column beats the worst kept. The set is streamed in parts, indices rise and a later row must
+be strictly nearer, so no tile and no thread changes an answer.
+
+IBS. A person is two bits per site: dosage >= 1, dosage = 2. Dosages 0, 1, 2 are then 00, 10, 11, and the bits that
+differ between two of them are |x - y|: a thermometer code. So where all is observed, the IBS distance is the Hamming
+distance of both planes side by side; else each word is masked by the sites that both observe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from engine.kernels.bits.tiles import BLOCK, and_tile, interleaved, observed_tile, xor_tile
+from engine.kernels.nearest.rows import (  # fmt: skip
+    NOT_SELF,
+    Exclude,
+    csr,
+    groups,
+    grown,
+    ibs_limit,
+    in_threads,
+    insert,
+    merged,
+    read_words,
+    skipped,
+    tiles,
+)
+
+Planes = tuple[Any, Any, Any]  # dosage >= 1, dosage = 2, observed or None
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # interleaved planes of Planes, or one plane of bits thrice
+
+_QUERY_BYTES, _DATABASE_BYTES = 2**28, 2**26  # of words held at a time
+_FAR = np.iinfo(np.int32).max
+
+
+class _Set(NamedTuple):
+    """Rows that are compared: how many, bytes of each, and how a part of them is read and packed for the tiles."""
+
+    length: int
+    row_bytes: int
+    read: Callable[[slice], Packed]
+
+
+def hamming_cross(query_nw: Any, database_mw: Any) -> np.ndarray:
+    """int32 (N, M): number of differing bits."""
+    return _cross(_bits(query_nw), _bits(database_mw), False)[0]
+
+
+def hamming_topk(
+    query_nw: Any, database_mw: Any, k: int, exclude_self: bool, exclude: Exclude
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance int32 (N, k) and index int64 (N, k)."""
+    distance, index, _ = _topk(_bits(query_nw), _bits(database_mw), k, exclude_self, exclude, False)
+    return distance, index
+
+
+def hamming_range(
+    query_nw: Any, database_mw: Any, radius: int, exclude_self: bool, exclude: Exclude
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets int64 (N + 1,), index int64 (R,), distance int32 (R,)."""
+    offsets, index, distance, _ = _range(
+        _bits(query_nw), _bits(database_mw), min(radius, _FAR - 1), exclude_self, exclude, False
+    )
+    return offsets, index, distance
+
+
+def ibs_cross(query: Planes, database: Planes, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and sites, int32 (N, M)."""
+    observed = query[2] is not None or database[2] is not None
+    distance, sites = _cross(*_genotypes(query, database, length), observed)
+    return distance, sites if observed else np.full_like(distance, length)
+
+
+def ibs_topk(
+    query: Planes, database: Planes, length: int, k: int, exclude_self: bool, exclude: Exclude
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distance and sites int32 (N, k), index int64 (N, k)."""
+    observed = query[2] is not None or database[2] is not None
+    rank, index, both = _topk(*_genotypes(query, database, length), k, exclude_self, exclude, observed)
+    if observed:
+        distance, sites = (both >> 32).astype(np.int32), (both & 0xFFFFFFFF).astype(np.int32)
+    else:
+        distance, sites = rank, np.full_like(rank, length)
+    distance[index < 0] = sites[index < 0] = -1
+    return distance, sites, index
+
+
+def ibs_range(
+    query: Planes, database: Planes, length: int, radius: float, exclude_self: bool, exclude: Exclude
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets int64 (N + 1,), index int64 (R,), distance and sites int32 (R,)."""
+    observed = query[2] is not None or database[2] is not None
+    limit = ibs_limit(radius, length, observed)
+    return _range(*_genotypes(query, database, length), limit, exclude_self, exclude, observed, length)
+
+
+def _bits(bits_nw: Any) -> _Set:
+    def read(part: slice) -> Packed:
+        return (interleaved(read_words(bits_nw, part)),) * 3
+
+    return _Set(bits_nw.shape[0], 8 * bits_nw.shape[1], read)
+
+
+def _genotypes(query: Planes, database: Planes, length: int) -> tuple[_Set, _Set]:
+    """Both sides: three planes where either side may be missing, else two side by side."""
+    three = query[2] is not None or database[2] is not None
+    all_w = np.full(-(-length // 64), np.uint64(2**64 - 1))
+    if length % 64:
+        all_w[-1] >>= np.uint64(64 - length % 64)
+
+    def of(planes: Planes) -> _Set:
+        def read(part: slice) -> Packed:
+            one, two = read_words(planes[0], part), read_words(planes[1], part)
+            if not three:
+                return (interleaved(np.concatenate([one & all_w, two & all_w], axis=1)),) * 3
+            seen = np.broadcast_to(all_w, one.shape) if planes[2] is None else read_words(planes[2], part) & all_w
+            return interleaved(one), interleaved(two), interleaved(np.ascontiguousarray(seen))
+
+        return _Set(planes[0].shape[0], 24 * planes[0].shape[1], read)
+
+    return of(query), of(database)
+
+
+def _cross(query: _Set, database: _Set, observed: bool) -> tuple[np.ndarray, np.ndarray]:
+    out = np.empty((query.length, database.length), dtype=np.int32)
+    sites = np.empty(out.shape if observed else (0, 0), dtype=np.int32)
+    for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK) if out.size else ():
+        packed = query.read(part)
+        for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
+            _cross_tile(
+                packed, database.read(tile), observed, out[part, tile], sites[part, tile] if observed else sites
+            )
+    return out, sites
+
+
+def _topk(
+    query: _Set, database: _Set, k: int, exclude_self: bool, exclude: Exclude, observed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank int32, index int64 and, where `observed`, distance << 32 | sites, each (N, k). Few queries share the work by
+    parts of the database.
+    """
+    rank_nk, index_nk = np.full((query.length, k), -1, dtype=np.int32), np.full((query.length, k), -1, dtype=np.int64)
+    both_nk = np.full(rank_nk.shape if observed else (query.length, 0), -1, dtype=np.int64)
+    for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK):
+        packed, n = query.read(part), part.stop - part.start
+        parts = max(1, min(-(-database.length // BLOCK), -(-4 * numba.get_num_threads() // (-(-n // BLOCK)))))
+        rank, index = np.full((n, parts, k), _FAR, dtype=np.int32), np.full((n, parts, k), -1, dtype=np.int64)
+        both = np.full(rank.shape if observed else (n, parts, 0), -1, dtype=np.int64)
+        for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
+            shift = part.start - tile.start if exclude_self else NOT_SELF
+            _topk_tile(
+                packed, database.read(tile), observed, tile.stop - tile.start, shift, *groups(exclude, part, tile),
+                tile.start, rank, index, both,
+            )  # fmt: skip
+        rank_nk[part], index_nk[part], *more = merged(rank, index, k, *([both] if observed else []))
+        if observed:
+            both_nk[part] = more[0]
+    return rank_nk, index_nk, both_nk
+
+
+def _range(
+    query: _Set, database: _Set, limit: int, exclude_self: bool, exclude: Exclude, observed: bool, length: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets, index, distance and sites (`length` where all are observed) of the pairs of rank up to `limit`."""
+    whole, narrow = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+    found: list[tuple[np.ndarray, ...]] = [(whole, whole, narrow, narrow)]
+    for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK):
+        packed, n = query.read(part), part.stop - part.start
+        for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
+            other, m = database.read(tile), tile.stop - tile.start
+            shift, group = part.start - tile.start if exclude_self else NOT_SELF, groups(exclude, part, tile)
+
+            def block(i: int, given: tuple = (packed, other, observed, n, m, shift, *group)) -> tuple[np.ndarray, ...]:
+                return _range_row(*given, limit, i)  # type: ignore[call-arg]
+
+            for row, index, distance, sites in in_threads(block, packed[0].shape[0]):
+                found.append((row + part.start, index + tile.start, distance, sites if observed else sites + length))
+    return csr(query.length, found)  # type: ignore[return-value]
+
+
+@numba.njit(cache=True, nogil=True)
+def _ranks(
+    query: Packed,
+    i: int,
+    database: Packed,
+    j: int,
+    observed: bool,
+    counts: np.ndarray,
+    sites: np.ndarray,
+    rank: np.ndarray,
+) -> None:
+    """int32 (1024,) each: what pairs are ordered by. That is the distance or, where `observed`, the bits of
+    float32(distance / (2 sites)), which rise with it, or _FAR where no site is shared; counts and sites are filled then
+    only.
+    """
+    if not observed:
+        xor_tile(query[0], i, database[0], j, rank)
+        return
+    observed_tile(query[0], query[1], query[2], i, database[0], database[1], database[2], j, counts)
+    and_tile(query[2], i, database[2], j, sites)
+    share = rank.view(np.float32)
+    for c in range(len(rank)):
+        share[c] = np.float64(counts[c]) / np.float64(2 * max(1, sites[c]))
+    for c in range(len(rank)):
+        if sites[c] == 0:
+            rank[c] = _FAR
+
+
+@numba.njit(cache=True, nogil=True)
+def _cross_row(query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, i: int) -> None:
+    rank, counts, sites = (
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+    )
+    for j in range(database[0].shape[0]):
+        _ranks(query, i, database, j, observed, counts, sites, rank)
+        for r in range(min(BLOCK, out.shape[0] - i * BLOCK)):
+            for c in range(min(BLOCK, out.shape[1] - j * BLOCK)):
+                at = r * BLOCK + c
+                out[i * BLOCK + r, j * BLOCK + c] = counts[at] if observed else rank[at]
+                if observed:
+                    sites_nm[i * BLOCK + r, j * BLOCK + c] = sites[at]
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _cross_tile(query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray) -> None:
+    for i in numba.prange(query[0].shape[0]):
+        _cross_row(query, database, observed, out, sites_nm, i)
+
+
+@numba.njit(cache=True, nogil=True)
+def _topk_row(
+    query: Packed,
+    database: Packed,
+    observed: bool,
+    members: int,
+    shift: int,
+    query_group: np.ndarray,
+    database_group: np.ndarray,
+    first: int,
+    rank_npk: np.ndarray,
+    index_npk: np.ndarray,
+    both_npk: np.ndarray,
+    i: int,
+    part: int,
+) -> None:
+    """Query block i against part `part` of this piece of the database, whose first row is row `first` of all."""
+    rank, counts, sites = (
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+    )
+    parts, k = rank_npk.shape[1], rank_npk.shape[2]
+    blocks = database[0].shape[0]
+    for j in range(part * blocks // parts, (part + 1) * blocks // parts):
+        _ranks(query, i, database, j, observed, counts, sites, rank)
+        for r in range(min(BLOCK, rank_npk.shape[0] - i * BLOCK)):
+            n = i * BLOCK + r
+            kept = rank_npk[n, part]
+            nearest = rank[r * BLOCK]
+            for c in range(1, BLOCK):
+                nearest = min(nearest, rank[r * BLOCK + c])
+            if nearest >= kept[k - 1]:
+                continue
+            for c in range(min(BLOCK, members - j * BLOCK)):
+                m, at = j * BLOCK + c, r * BLOCK + c
+                if rank[at] < kept[k - 1] and not skipped(n, m, shift, query_group, database_group):
+                    place = insert(kept, index_npk[n, part], rank[at], first + m)
+                    if observed:
+                        both = both_npk[n, part]
+                        for behind in range(k - 1, place, -1):
+                            both[behind] = both[behind - 1]
+                        both[place] = np.int64(counts[at]) << 32 | np.int64(sites[at])
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _topk_tile(
+    query: Packed,
+    database: Packed,
+    observed: bool,
+    members: int,
+    shift: int,
+    query_group: np.ndarray,
+    database_group: np.ndarray,
+    first: int,
+    rank_npk: np.ndarray,
+    index_npk: np.ndarray,
+    both_npk: np.ndarray,
+) -> None:
+    parts = rank_npk.shape[1]
+    for job in numba.prange(query[0].shape[0] * parts):
+        _topk_row(
+            query, database, observed, members, shift, query_group, database_group, first, rank_npk, index_npk, both_npk,
+            job // parts, job % parts,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def _range_row(
+    query: Packed,
+    database: Packed,
+    observed: bool,
+    queries: int,
+    members: int,
+    shift: int,
+    query_group: np.ndarray,
+    database_group: np.ndarray,
+    limit: int,
+    i: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, indices, distances and sites (0 unless `observed`) of the pairs of query block i of rank up to `limit`."""
+    rank, counts, sites = (
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.empty(BLOCK * BLOCK, dtype=np.int32),
+        np.zeros(BLOCK * BLOCK, dtype=np.int32),
+    )
+    rows, indices = np.empty(BLOCK, dtype=np.int64), np.empty(BLOCK, dtype=np.int64)
+    distances, shared = np.empty(BLOCK, dtype=np.int32), np.empty(BLOCK, dtype=np.int32)
+    held = 0
+    for j in range(database[0].shape[0]):
+        _ranks(query, i, database, j, observed, counts, sites, rank)
+        for r in range(min(BLOCK, queries - i * BLOCK)):
+            nearest = rank[r * BLOCK]
+            for c in range(1, BLOCK):
+                nearest = min(nearest, rank[r * BLOCK + c])
+            if nearest > limit:
+                continue
+            for c in range(min(BLOCK, members - j * BLOCK)):
+                n, m, at = i * BLOCK + r, j * BLOCK + c, r * BLOCK + c
+                if rank[at] <= limit and not skipped(n, m, shift, query_group, database_group):
+                    if held == len(rows):
+                        rows, indices, distances, shared = grown(rows), grown(indices), grown(distances), grown(shared)
+                    rows[held], indices[held] = n, m
+                    distances[held], shared[held] = counts[at] if observed else rank[at], sites[at]
+                    held += 1
+    return rows[:held], indices[:held], distances[:held], shared[:held]
