@@ -14,13 +14,13 @@ what a figure means are left to the rooms above; so are contigs: positions are t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.errors import UsageError
 from engine.kernels.ld import checks
-from engine.kernels.ld.checks import WHERE, Implementation, Measure
+from engine.kernels.ld.checks import WHERE, Implementation, Measure, Rule
 
 
 def matrix(
@@ -282,7 +282,7 @@ def prune(
     position_bp: Any = None,
     missing_lw: Any = None,
     unphased: bool = False,
-    rule: Literal["plink1", "plink2"] = "plink1",
+    rule: Rule = "plink1",
     implementation: Implementation | None = None,
 ) -> np.ndarray:
     """Sites of one contig to keep, such that no two within a window have r2 above `most`: the set that PLINK keeps.
@@ -322,7 +322,7 @@ def clump(
     bp: int = 250_000,
     missing_lw: Any = None,
     unphased: bool = False,
-    rule: Literal["plink1", "plink2"] = "plink2",
+    rule: Rule = "plink2",
     implementation: Implementation | None = None,
 ) -> np.ndarray:
     """Clumps of associated sites of one contig, as `plink --clump` makes them.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Implementation = Literal["reference", "numba", "triton"]
 Measure = Literal["r2", "r", "d", "d_prime"]
+Rule = Literal["plink1", "plink2"]
 MEASURES = ("r2", "r", "d", "d_prime")
 WHERE = "engine.kernels.ld"
 MOST_HAPLOTYPES = 2**26  # products of n with counts must stay below 2**53 to be exact in float64
