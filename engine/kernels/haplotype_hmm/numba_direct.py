@@ -14,7 +14,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from engine.kernels.haplotype_hmm.lanes import BYTES, add, load, mul, mul_where, muladd, splat, store, total, zeros
+from engine.kernels.haplotype_hmm.lanes import (
+    BYTES,
+    add,
+    item,
+    load,
+    mul,
+    mul_where,
+    muladd,
+    splat,
+    store,
+    total,
+    zeros,
+)
 
 
 @njit(cache=True, nogil=True)
@@ -32,7 +44,7 @@ def advance(state, prior, each, evenly, bits, at, flip, keep, enter, odds):
     sum_0, sum_1, sum_2, sum_3 = zero, zero, zero, zero
     for step in range(evenly):
         i = 4 * step
-        word = (bits[at + i * lanes // 64] ^ flip) >> np.uint64(i * lanes % 64)
+        word = (item(bits, at + ((i * lanes) >> 6)) ^ flip) >> np.uint64((i * lanes) & 63)
         value_0 = mul_where(word, np.uint64(0), muladd(load(state, i), keep_v, each_v), odds_v)
         value_1 = mul_where(word, width, muladd(load(state, i + 1), keep_v, each_v), odds_v)
         value_2 = mul_where(word, 2 * width, muladd(load(state, i + 2), keep_v, each_v), odds_v)
@@ -45,9 +57,9 @@ def advance(state, prior, each, evenly, bits, at, flip, keep, enter, odds):
             add(sum_0, value_0), add(sum_1, value_1), add(sum_2, value_2), add(sum_3, value_3),
         )  # fmt: skip
     for i in range(4 * evenly, len(state) // lanes):
-        word = bits[at + i * lanes // 64] ^ flip
+        word = item(bits, at + ((i * lanes) >> 6)) ^ flip
         mixed = muladd(load(state, i), keep_v, mul(load(prior, i), enter_v))
-        value = mul_where(word, np.uint64(i * lanes % 64), mixed, odds_v)
+        value = mul_where(word, np.uint64((i * lanes) & 63), mixed, odds_v)
         store(state, i, value)
         sum_0, sum_1, sum_2, sum_3 = sum_1, sum_2, sum_3, add(sum_0, value)
     return total(add(add(sum_0, sum_1), add(sum_2, sum_3)))
