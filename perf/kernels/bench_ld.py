@@ -92,12 +92,12 @@ def _matrix(
         option = "--r2-unphased" if unphased else "--r2-phased"
         peers = (_plink2_matrix(option, n, goal, threads),)
         if n == HAPLOTYPES and threads == 1:
-            peers += (
-                Peer("torch int8 product", _torch_int8, _int8(n, unphased), _like_ours, 3, lambda: missing_package("torch")),
-                Peer("numpy float32 product", _numpy_float32, _float32(n, unphased), _like_ours),
-            )  # fmt: skip
-            if unphased:
-                peers += (_plink19_matrix(n),)
+            torch_int8 = Peer(
+                "torch int8 product", _torch_int8, _int8(n, unphased), _like_ours, 3, lambda: missing_package("torch")
+            )
+            peers += (torch_int8,)
+            if not unphased:
+                peers += (Peer("numpy float32 product", _numpy_float32, _float32(n, unphased), _like_ours),)
     return Case(
         f"ld.{name}", {"sites": sites, "haplotypes": n}, pairs, "pairs", lambda: panel(sites, n),
         lambda bits_lw: ld.r2(bits_lw, n, unphased=unphased), peers, 4.0 * sites * sites, pairs * words, "popcount",
@@ -130,17 +130,6 @@ def _plink2_matrix(option: str, n: int, goal: float, threads: int) -> Peer:
         assert at == len(theirs)
 
     return Peer(f"plink2 {option}", run, _pgen(n), same, goal, lambda: missing_program("plink2", option[2:]))
-
-
-def _plink19_matrix(n: int) -> Peer:
-    def run(folder: Path) -> Timed:
-        command = plink_command("plink1.9", "--bfile", folder / "x", "--r2", "triangle", "bin4", "--out", folder / "x")
-        spent = computing_share(
-            command, plink_command("plink1.9", "--bfile", folder / "x", "--freq", "--out", folder / "x")
-        )
-        return Timed(spent.seconds, None, spent.note)
-
-    return Peer("plink1.9 --r2", run, _bed(n), missing=lambda: missing_program("plink1.9"))
 
 
 def _pgen(n: int) -> Callable[[np.ndarray], Path]:
