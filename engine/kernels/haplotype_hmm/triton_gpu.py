@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import triton
 
+from engine.kernels import tuned
 from engine.kernels.haplotype_hmm import triton_kernels as kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# how kernels are launched; a tuning file may replace single entries
+# how kernels are launched; a card's tuning file may replace entries of "forward"
 LAUNCH: dict[str, dict[str, int]] = {
     "forward": {"targets": 2, "warps": 8, "most_states": 16384},
     "walk": {"tile": 1024, "warps": 4},
@@ -146,7 +147,8 @@ def log_likelihood(
     result = problem.zeros(problem.n, dtype=torch.float64)
     if problem.n == 0 or problem.sites == 0:
         return result
-    launch = LAUNCH["forward"]
+    card = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else ""
+    launch = tuned.launch("haplotype_hmm.forward", LAUNCH["forward"], card)
     if ancestry is None and k * problem.prior.element_size() <= 4 * launch["most_states"]:
         words, more_words = _register_words(k)
         kernels.forward_kernel[(triton.cdiv(problem.n, launch["targets"]),)](
