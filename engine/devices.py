@@ -85,3 +85,29 @@ def choose(device: str = "auto") -> torch.device:
             "a CUDA device", "none on this machine", f"device '{device}'", "--device cpu or --device auto"
         )
     return torch.device(device)
+
+
+@cache
+def trains_in_bf16(device_type: str) -> bool:
+    """Whether convolutions in bfloat16 have the right weight gradients here: always asked, never assumed.
+
+    On processors with AVX512-BF16 but without AMX, PyTorch's CPU library (seen with 2.13) returns unwritten memory for the
+    gradient of a 3D convolution over a few voxels. The answer comes from small convolutions held against float32.
+    """
+    import torch
+
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if not {"amx_bf16", "avx512_bf16"} & cpu_flags():
+        return False  # emulated: right, but slower than float32
+    draw = torch.Generator().manual_seed(0)
+    for side, channels in ((2, 16), (2, 64), (3, 32), (4, 64)):
+        x, grad = (torch.randn((2, channels, side, side, side), generator=draw) for _ in range(2))
+        weight = torch.randn((channels, channels, 3, 3, 3), generator=draw).requires_grad_()
+        wanted = torch.autograd.grad(torch.nn.functional.conv3d(x, weight, padding=1), weight, grad)[0]
+        half = weight.detach().bfloat16().requires_grad_()
+        made = torch.nn.functional.conv3d(x.bfloat16(), half, padding=1)
+        got = torch.autograd.grad(made, half, grad.bfloat16())[0].float()
+        if not bool((got - wanted).norm() < 0.05 * wanted.norm()):  # NaN is not below
+            return False
+    return True

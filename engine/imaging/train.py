@@ -26,10 +26,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from engine import provenance, seeding
+from engine import devices, provenance, seeding
 from engine.atomic import write_text
-from engine.devices import cpu_flags
-from engine.errors import EngineError, UsageError
+from engine.errors import EngineError, Unsupported, UsageError
 from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss
 from engine.imaging.config import Budget, ImagingConfig, dump_config, load_config
 from engine.imaging.dataset import (
@@ -445,13 +444,20 @@ def _model_facts(scans: Scans, covariates: list[Covariate]) -> dict[str, Any]:
 
 
 def _resolved(config: ImagingConfig, device: torch.device) -> ImagingConfig:
-    """`config` with precision "auto" decided: bf16 where the hardware multiplies it, else fp32."""
-    if config.training.precision != "auto":
+    """`config` with precision "auto" decided: bf16 where the hardware multiplies it, rightly, else fp32.
+
+    Raises:
+        Unsupported: bf16 was named for a processor whose library gets its gradients wrong.
+    """
+    precision, sound = config.training.precision, devices.trains_in_bf16(device.type)
+    if precision == "bf16" and not sound and "avx512_bf16" in devices.cpu_flags():
+        raise Unsupported(
+            "right gradients of convolutions in bf16", "wrong ones from this processor's library",
+            "training.precision=bf16", "training.precision=auto, or fp32",
+        )  # fmt: skip
+    if precision != "auto":
         return config
-    native = (
-        torch.cuda.is_bf16_supported() if device.type == "cuda" else bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
-    )
-    training = config.training.model_copy(update={"precision": "bf16" if native else "fp32"})
+    training = config.training.model_copy(update={"precision": "bf16" if sound else "fp32"})
     return config.model_copy(update={"training": training})
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import CorruptRun, EngineError, UsageError
+from engine import devices
+from engine.errors import CorruptRun, EngineError, Unsupported, UsageError
 from engine.imaging import train as train_module
 from engine.imaging.config import apply_overrides, dump_config, load_config, parse_config
 from engine.imaging.train import train
@@ -191,7 +192,12 @@ def test_precision_auto_is_resolved_and_recorded(tiny_config, table, tmp_path):
     assert load_config(tmp_path / "run" / "config.yaml").training.precision in ("fp32", "bf16")
 
 
-def test_bf16_trains(tiny_config, table, tmp_path):
+def test_bf16_trains_or_is_refused_where_its_gradients_are_wrong(tiny_config, table, tmp_path):
+    if not devices.trains_in_bf16("cpu") and "avx512_bf16" in devices.cpu_flags():
+        with pytest.raises(Unsupported, match="wrong ones from this processor"):
+            train(changed(tiny_config, "training.precision=bf16"), table, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return
     train(changed(tiny_config, "training.precision=bf16"), table, tmp_path / "run")
     parts, state = checkpoint.load(tmp_path / "run")
     assert all(t.dtype == torch.float32 for t in parts["denoiser"].values())
