@@ -120,8 +120,7 @@ def _slabs(volume: Any, grid: Grid, device: Any) -> Iterator[tuple[int, int, Any
 
 def _read(volume: Any, first: int, end: int, device: Any) -> Any:
     """Layers [first, end) in memory, on `device` where one is given."""
-    where = (slice(first, end),) if len(volume.shape) == 3 else (slice(None), slice(first, end))
-    piece = volume[where]
+    piece = volume[first:end] if len(volume.shape) == 3 else volume[:, first:end]
     if device is None:
         return np.asarray(piece)
     import torch

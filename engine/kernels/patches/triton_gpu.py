@@ -29,7 +29,6 @@ _BORDERS = {"constant": 0, "edge": 1, "reflect": 2, "symmetric": 3, "wrap": 4}
 _PIECE = 2048  # voxels of a patch per program
 _TILE = 32
 _LINES, _COLUMNS = 8, 128  # piece of a layer per program
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def gather(
@@ -93,9 +92,9 @@ def layers(
             done = torch.empty((channels, end - first, height, width), dtype=torch.float32, device=like.device)
         pieces = triton.cdiv(width, _COLUMNS) * triton.cdiv(height, _LINES)
         blend_kernel[(pieces, end - first, channels)](
-            table, done, *on_device, oldest, len(held), len(starts_y), len(starts_x), first, height, width, done.stride(0),
-            float(grid.floor),
-            TYPE=_TYPES[like.dtype], D=grid.roi[0], H=grid.roi[1], W=grid.roi[2], LINES=_LINES, COLUMNS=_COLUMNS,
+            like, table, done, *on_device, oldest, len(held), len(starts_y), len(starts_x), first, height, width,
+            done.stride(0), float(grid.floor),
+            D=grid.roi[0], H=grid.roi[1], W=grid.roi[2], LINES=_LINES, COLUMNS=_COLUMNS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         yield first, done
@@ -206,11 +205,13 @@ def gather_turned_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def blend_kernel(  # type: ignore[no-untyped-def]
-    table_ptr, out_ptr, starts_z_ptr, starts_y_ptr, starts_x_ptr, weights_z_ptr, weights_y_ptr, weights_x_ptr,
+    like_ptr, table_ptr, out_ptr, starts_z_ptr, starts_y_ptr, starts_x_ptr, weights_z_ptr, weights_y_ptr, weights_x_ptr,
     cover_y_ptr, cover_x_ptr, oldest, rows, count_y, count_x, first, height, width, step_c, floor,
-    TYPE: tl.constexpr, D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """LINES x COLUMNS voxels of layer first + program_id(1); the table has the patches of rows oldest, oldest + 1, ..."""
+    """LINES x COLUMNS voxels of layer first + program_id(1); the table has the patches of rows oldest, oldest + 1, ...,
+    each of the type of `like`.
+    """
     across = tl.cdiv(width, COLUMNS)
     y0, x0 = tl.program_id(0) // across * LINES, tl.program_id(0) % across * COLUMNS
     y, x = y0 + tl.arange(0, LINES), x0 + tl.arange(0, COLUMNS)
@@ -232,7 +233,9 @@ def blend_kernel(  # type: ignore[no-untyped-def]
                     inside = in_y[:, None] & in_x[None, :]
                     weight_x = tl.load(weights_x_ptr + dx, mask=in_x, other=0.0)
                     weight = tl.maximum(weight_zy[:, None] * weight_x[None, :], floor)
-                    patch_ptr = tl.load(table_ptr + (row * count_y + iy) * count_x + ix).to(tl.pointer_type(TYPE))
+                    patch_ptr = tl.load(table_ptr + (row * count_y + iy) * count_x + ix).to(
+                        tl.pointer_type(like_ptr.dtype.element_ty)
+                    )
                     at = patch_ptr + (c * D + dz) * (H * W) + dy[:, None] * W + dx[None, :]
                     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                     total = tl.where(inside, total + weight * value, total)
