@@ -449,7 +449,10 @@ def _resolved(config: ImagingConfig, device: torch.device) -> ImagingConfig:
     Raises:
         Unsupported: bf16 was named for a processor whose library gets its gradients wrong.
     """
-    precision, sound = config.training.precision, devices.trains_in_bf16(device.type)
+    precision = config.training.precision
+    if precision == "fp32":
+        return config
+    sound = devices.trains_in_bf16(device.type)
     if precision == "bf16" and not sound and "avx512_bf16" in devices.cpu_flags():
         raise Unsupported(
             "right gradients of convolutions in bf16", "wrong ones from this processor's library",
