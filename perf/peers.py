@@ -8,14 +8,17 @@ what is left to the bench files.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -107,32 +110,55 @@ class Spent:
     output: str
 
 
+_LAUNCHER = """import json, os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(pid, 0)
+told = [os.waitstatus_to_exitcode(status), used.ru_utime, used.ru_stime, used.ru_maxrss * 1024]
+json.dump(told, open(sys.argv[1], "w"))
+"""
+
+
 def run_program(arguments: list[str | Path], *, folder: Path | None = None, timeout_seconds: float = 900) -> Spent:
     """Run a program to its end and say what it cost; the output is standard output and error together.
+
+    A small process launches it: Linux charges a program with the peak memory of the process it was started from.
 
     Raises:
         InputError: it failed or ran past `timeout_seconds`; with the last lines of what it said.
     """
     name = Path(arguments[0]).name
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, tempfile.NamedTemporaryFile() as told:
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            [str(a) for a in arguments], stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=folder
+        launcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, told.name, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            cwd=folder,
+            start_new_session=True,
         )
-        alarm = threading.Timer(timeout_seconds, process.kill)
-        alarm.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            launcher.wait(timeout_seconds)
+            reason = ""
+        except subprocess.TimeoutExpired:
+            reason = f"still running after {timeout_seconds:g} s"
+        finally:  # whatever is left of it, at a time-out or an interrupt
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
         wall_seconds = time.perf_counter() - begin
-        alarm.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         output = said.read().decode(errors="replace")
-    if process.returncode != 0:
+        costs = told.read()
+    exit_code, user_seconds, system_seconds, peak_bytes = json.loads(costs) if costs else (1, 0.0, 0.0, 0)
+    if reason or exit_code != 0:
         last = " | ".join(output.strip().splitlines()[-2:])
         raise InputError(
-            f"{name} to end well", f"exit {process.returncode}: {last}", f"{name} {' '.join(map(str, arguments[1:]))}"
+            f"{name} to end well",
+            f"{reason or f'exit {exit_code}'}: {last}",
+            f"{name} {' '.join(map(str, arguments[1:]))}",
         )
-    return Spent(usage.ru_utime, usage.ru_stime, wall_seconds, usage.ru_maxrss * 1024, output)
+    return Spent(user_seconds, system_seconds, wall_seconds, peak_bytes, output)
 
 
 def computing_share(

@@ -72,7 +72,9 @@ def test_a_program_is_charged_what_it_used(tmp_path):
     spent = peers.run_program(burn(20))
     assert 0.05 < spent.user_seconds < 10
     assert spent.wall_seconds >= 0.9 * spent.user_seconds
-    assert 1e6 < spent.peak_bytes < 1e9
+    assert 1e6 < spent.peak_bytes < 1e8
+    ballast = np.ones(50_000_000)  # what this process holds is not the program's
+    assert peers.run_program(burn(1)).peak_bytes < 1e8 < ballast.nbytes
     held = peers.run_program([sys.executable, "-c", "x = b'1' * 100_000_000; print('done')"])
     assert held.peak_bytes > 100e6
     assert held.output == "done\n"
@@ -84,7 +86,7 @@ def test_a_program_is_charged_what_it_used(tmp_path):
 def test_a_program_that_fails_or_never_ends():
     with pytest.raises(InputError, match="exit 3: bad luck"):
         peers.run_program([sys.executable, "-c", "import sys; print('bad luck'); sys.exit(3)"])
-    with pytest.raises(InputError, match="exit -9"):
+    with pytest.raises(InputError, match=r"still running after 0\.5 s"):
         peers.run_program([sys.executable, "-c", "import time; time.sleep(60)"], timeout_seconds=0.5)
 
 
