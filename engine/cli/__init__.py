@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from engine.cli import audit, files, genomics, imaging, kernels, machine
+from engine.cli import audit, files, genomics, imaging, kernels, machine, release
 from engine.errors import EngineError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(genomics.app, name="genomics")
 app.add_typer(imaging.app, name="imaging")
 app.add_typer(files.app, name="files")
 audit.register(app)
+release.register(app)
 kernels.register(app)
 machine.register(app)
 

@@ -1,4 +1,4 @@
-"""`engine audit` and `engine release`: may these synthetic data leave the building?"""
+"""`engine audit`: may these synthetic data leave the building?"""
 
 from __future__ import annotations
 
@@ -33,19 +33,6 @@ def audit(
         raise typer.Exit(3)
 
 
-def release(
-    source: Annotated[Path, typer.Argument(help="File or folder that was audited.")],
-    audit: Annotated[Path, typer.Option("--audit", help="audit.json of exactly these bytes.")],
-    out: Out,
-    json: JsonFlag = False,
-) -> None:
-    """Copy audited data to a release folder; refuses (exit 3) without a passing audit of exactly these bytes."""
-    from engine.release.manifest import release as make_release
-
-    emit(make_release(source, audit, out), json)
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands to the main app."""
     app.command()(audit)
-    app.command()(release)
