@@ -109,25 +109,26 @@ class _Contestant:
 
     def warm_up(self, threads: int) -> Any:
         """First run, which may compile: its result. A second one for its memory, and for how many runs make a reading."""
-        _, result = timed(self.run, self.inputs, threads)
-        self.timed_by_itself = isinstance(result, Timed)
+        first = self._with_memory(threads)
+        self.timed_by_itself = isinstance(first[1], Timed)
         if self.timed_by_itself:
-            return result.result
+            return first[1].result
+        self.readings.peak_bytes = 0
         self.times = runs_in_a_row(self._with_memory(threads)[0])
-        return result
+        return first[1]
 
     def read(self, threads: int) -> None:
         gc.collect()
+        seconds, result = timed(self.run, self.inputs, threads, self.times)
         if self.timed_by_itself:
-            seconds, result = self._with_memory(threads)
             self.readings.note = result.note
-        else:
-            seconds, _ = timed(self.run, self.inputs, threads, self.times)
+            self.readings.peak_bytes = max(self.readings.peak_bytes, result.peak_bytes)
         self.readings.seconds.append(seconds)
 
     def _with_memory(self, threads: int) -> tuple[float, Any]:
-        """One run and the memory it took; its seconds count only where it times itself, because memory that was given back
-        to the system must be paged in again."""
+        """One run and the memory it took. Its seconds do not count: memory that was given back to the system before it must
+        be paged in again, and so must that of the run after it.
+        """
         memory = PeakMemory()
         memory.start()
         seconds, result = timed(self.run, self.inputs, threads)
