@@ -177,14 +177,24 @@ def evaluate_command(
 
 
 def read_folder(folder: str | Path, modality: str | None = None) -> tuple[list[Any], list[str]]:
-    """Volumes of a folder and the person of each: through its `volumes.csv` if there is one, else every NIfTI file under
-    it in name order. A path to a CSV file is taken as that table.
+    """Volumes of a folder and the person of each, in the order of `folder_paths`.
 
     Raises:
         InputError: no volume there, or one that cannot be read.
     """
     from engine.imaging.volume import read_volume
 
+    paths, persons = folder_paths(folder)
+    return [read_volume(path, modality=modality) for path in paths], persons
+
+
+def folder_paths(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Paths of the volumes of a folder and the person of each: through its `volumes.csv` if there is one, else every NIfTI
+    file under it in name order. A path to a CSV file is taken as that table.
+
+    Raises:
+        InputError: no volume there.
+    """
     folder = Path(folder)
     table = folder if folder.suffix == ".csv" else folder / "volumes.csv"
     if table.is_file():
@@ -203,7 +213,7 @@ def read_folder(folder: str | Path, modality: str | None = None) -> tuple[list[A
         persons = [p.name for p in paths]
     if not paths:
         raise InputError("NIfTI volumes or a volumes.csv", "neither", folder)
-    return [read_volume(path, modality=modality) for path in paths], persons
+    return paths, persons
 
 
 def _visits(
