@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ from engine.seeding import generator
 
 SCHEMA = "engine.audit/1"
 _BINS = 40
+
+# What only one modality can measure (kinship, registered correlation): called once with ("synthetic", rows, scores) and
+# once for every control with its name. Its findings join those of that set, and gated ones count in its verdict like
+# any other. It decides by one rule for all sets, calibrated on holdout against train, and returns [] where it has
+# nothing to say.
+Judge = Callable[[str, Pool, Scores], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def audit(
     policy: AuditPolicy | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    judges: Sequence[Judge] = (),
 ) -> AuditResult:
     """Judge whether `synthetic` holds copies of `train`, against real people the generator has not seen.
 
@@ -104,6 +111,7 @@ def audit(
         policy: thresholds; a mapping is checked against AuditPolicy.
         seed: of the random subsets, controls and relabellings.
         progress: called with a short line at every stage.
+        judges: further gates that need the modality; see `Judge`.
 
     Raises:
         InputError: pools that cannot be compared, people on both sides, or too few people for any level of the policy.
@@ -133,6 +141,7 @@ def audit(
     judged = judge(search, null, scores)
     say("adversarial accuracy")
     findings = [*judged.findings, *_aats(train, holdout, synthetic, policy, seed)]
+    findings += [finding for more in judges for finding in more("synthetic", synthetic, scores)]
 
     say("judging the planted controls")
     noisy = planted.noisy_copycat(train, policy.control_rows, policy.control_noise, search.typical_distance, seed)
@@ -143,8 +152,10 @@ def audit(
     results, control_scores = [], {}
     for name, pool in sorted(given.items()):
         control_scores[name] = search.score(pool, name)
-        said = judge(search, null, control_scores[name])
-        results.append(ControlResult(name, expected_verdict(name), said.verdict, len(pool), said.findings))
+        said = judge(search, null, control_scores[name]).findings
+        said += [finding for more in judges for finding in more(name, pool, control_scores[name])]
+        verdict: Verdict = "fail" if any(finding.verdict == "fail" for finding in said) else "pass"
+        results.append(ControlResult(name, expected_verdict(name), verdict, len(pool), said))
     findings.append(_power(null, search.score(noisy, "contamination"), synthetic, policy, seed))
 
     verdict, reasons = _verdict(findings, results, level)

@@ -14,7 +14,7 @@ import yaml
 
 from engine import provenance
 from engine.atomic import atomic_folder, atomic_path
-from engine.audit import AuditPolicy, AuditResult, Pool, audit, hash_files, write_audit
+from engine.audit import AuditPolicy, AuditResult, Judge, Pool, audit, hash_files, write_audit
 from engine.errors import InputError, UsageError
 from engine.release.report import audit_sections, write_report
 
@@ -62,8 +62,8 @@ def load_policy(path: Path | None) -> AuditPolicy:
 
 def load_pools(
     train: Path, holdout: Path, synthetic: Path, *, seed: int = 0, progress: Progress | None = None
-) -> tuple[str, dict[str, Pool], dict[str, Pool]]:
-    """(modality, pools by side, controls that need the modality) of three inputs of one kind.
+) -> tuple[str, dict[str, Pool], dict[str, Pool], list[Judge]]:
+    """(modality, pools by side, controls and judges that need the modality) of three inputs of one kind.
 
     Raises:
         InputError: the inputs are of different kinds or cannot be read.
@@ -74,11 +74,13 @@ def load_pools(
     if kinds["train"] == "genotypes":
         from engine.genomics.pools import audit_pools as panels
 
-        return "genotypes", panels(train, holdout, synthetic), {}
+        made: Any = panels(train, holdout, synthetic)
+        pools, controls, judges = made if isinstance(made, tuple) else (made, {}, [])
+        return "genotypes", pools, controls, list(judges)
     from engine.imaging.pools import audit_pools as scans
 
-    pools, controls = scans(train, holdout, synthetic, seed=seed, progress=progress)
-    return "scans", pools, controls
+    pools, controls, *more = scans(train, holdout, synthetic, seed=seed, progress=progress)
+    return "scans", pools, controls, list(more[0]) if more else []
 
 
 def audit_files(
@@ -131,7 +133,7 @@ def run_audit(
     for path in (train, holdout, synthetic):
         modality(path)
     audited = hash_files(synthetic)
-    kind, pools, controls = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
+    kind, pools, controls, judges = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
     said = 0
 
     def tell(line: str) -> None:
@@ -141,7 +143,14 @@ def run_audit(
             progress(f"audit of {kind}", min(said, _STAGES), _STAGES)
 
     result = audit(
-        pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=rules, seed=seed, progress=tell
+        pools["train"],
+        pools["holdout"],
+        pools["synthetic"],
+        controls=controls,
+        policy=rules,
+        seed=seed,
+        progress=tell,
+        judges=judges,
     )
     if progress is not None:
         progress(f"audit of {kind}", _STAGES, _STAGES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from engine.audit import AuditPolicy, Pool, audit, hash_files, write_audit
+from engine.audit import AuditPolicy, Finding, Pool, audit, hash_files, write_audit
 from engine.audit import protocol as room
 from engine.errors import InputError
 
@@ -141,6 +141,37 @@ def test_an_audit_whose_control_is_misjudged_is_void(scans):
     copies = pool(train.data[:60], "c")
     result = audit(train, holdout, pool(fresh, "s"), policy=FAST, controls={"fresh_real": copies})
     assert result.verdict == "void"
+
+
+def test_judges_see_every_set_and_their_gates_count(scans):
+    """A judge that convicts by one rule convicts the set and the controls it says it of, and no other."""
+    train, holdout, fresh = scans
+    seen = {}
+
+    def judge(convicted):
+        def call(name, rows, scores):
+            seen[name] = (len(rows), scores.index_train_n.shape)
+            verdict = "fail" if name in convicted else "pass"
+            return [] if name == "copycat" else [Finding("kinship", 1.0, n=len(rows), verdict=verdict)]
+
+        return call
+
+    found = audit(train, holdout, pool(fresh, "s"), policy=FAST, seed=1, judges=[judge(())])
+    assert found.verdict == "pass"
+    assert seen == {
+        "synthetic": (150, (150,)),
+        "copycat": (60, (60,)),
+        "noisy_copycat": (60, (60,)),
+        "fresh_real": (50, (50,)),
+    }
+    assert found.finding("kinship").verdict == "pass"
+    by_name = {control.name: control for control in found.controls}
+    assert [f.name for f in by_name["fresh_real"].findings].count("kinship") == 1
+    assert "kinship" not in [f.name for f in by_name["copycat"].findings]
+    found = audit(train, holdout, pool(fresh, "s"), policy=FAST, seed=1, judges=[judge({"synthetic"})])
+    assert found.verdict == "fail"
+    assert "kinship" in found.reasons[0]
+    assert audit(train, holdout, pool(fresh, "s"), policy=FAST, judges=[judge({"fresh_real"})]).verdict == "void"
 
 
 def test_people_on_both_sides_are_refused(scans):
