@@ -117,7 +117,7 @@ class CopySearch:
             holdout_people: the different codes; codes: how many there are.
         runs: longest shared stretches are judged too (both pools carry positions).
         typical_distance: median distance of a holdout row to the nearest other holdout person.
-        duplicate_distance: at or below it two rows are copies.
+        duplicate_distance: at or below it two rows are copies. floor: added to distances before their logarithm.
     """
 
     def __init__(self, train: Pool, holdout: Pool, policy: AuditPolicy, seed: int) -> None:
@@ -131,10 +131,10 @@ class CopySearch:
         distance, _ = topk(plain, plain, 1, exclude=(self.holdout_code, self.holdout_code))
         self.typical_distance = float(np.median(distance[:, 0]))
         if train.kind == "bits":
-            self.duplicate_distance, self._floor = 0.0, _HALF_SITE
+            self.duplicate_distance, self.floor = 0.0, _HALF_SITE
         else:
             self.duplicate_distance = policy.duplicate_relative * self.typical_distance
-            self._floor = max(1e-6 * self.typical_distance, 1e-12)
+            self.floor = max(1e-6 * self.typical_distance, 1e-12)
         rng, m = generator(seed, "audit.matched"), min(len(self.train_people), len(self.holdout_people))
         draw = lambda people: rng.choice(people, m, replace=False)  # noqa: E731
         self._matched = [(draw(self.train_people), draw(self.holdout_people)) for _ in range(policy.subsets)]
@@ -183,7 +183,7 @@ class CopySearch:
         skip_t, skip_h = (own_train_n, self.train_code), (own_holdout_n, self.holdout_code)
         train_d, train_i = topk(rows, self.train, self._k(self.train), exclude=skip_t)
         holdout_d, _ = topk(rows, self.holdout, self._k(self.holdout), exclude=skip_h)
-        log_t, log_h = np.log(train_d + self._floor), np.log(holdout_d + self._floor)
+        log_t, log_h = log_distances(train_d, self.floor), log_distances(holdout_d, self.floor)
         scale_n = np.maximum((_hill(log_h) + _hill(log_t)) / 2, _MIN_SCALE)
         columns = [(log_t[:, 0] - log_h[:, 0]) / scale_n]
         if self.runs:
@@ -231,6 +231,16 @@ def _alike(holdout: Scores, weight_n: NDArray[np.float64], train: Scores) -> boo
 
 def _nearer(train_n: NDArray[np.float64], holdout_n: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(train_n == holdout_n, 0.5, (train_n < holdout_n).astype(np.float64))
+
+
+def log_distances(distance: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
+    """Logarithms of distances (any shape) raised by `floor`, so that a copy has one."""
+    return np.log(distance + floor)
+
+
+def local_scale(log_distance_nk: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Local 1 / dimension of each row from its neighbours, not below a small number."""
+    return np.maximum(_hill(log_distance_nk), _MIN_SCALE)
 
 
 def _hill(log_distance_nk: NDArray[np.float64]) -> NDArray[np.float64]:

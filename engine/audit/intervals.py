@@ -165,6 +165,36 @@ def roc(null_n: NDArray[np.floating], positive_m: NDArray[np.floating]) -> tuple
     return fpr, tpr, float(np.trapezoid(tpr, fpr))
 
 
+def delong(positive_m: NDArray[np.floating], negative_n: NDArray[np.floating]) -> tuple[float, float, float]:
+    """Area under the ROC (high values are positive, ties count half) and its 95 % interval: (area, low, high).
+
+    The variance is that of the two sets of placement values. Where the sets are apart altogether it is zero; then the
+    bound is that of as many agreeing pairs as the smaller set has members, (0.025)^(1 / n).
+    Source: DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988) 837-845, equations 3 and 6; computed from ranks as in
+    Sun and Xu, IEEE Signal Processing Letters 21 (2014).
+    """
+    positive_m, negative_n = np.asarray(positive_m, np.float64), np.asarray(negative_n, np.float64)
+    m, n = len(positive_m), len(negative_n)
+    rank = stats.rankdata(np.concatenate([positive_m, negative_n]))
+    above_m = (rank[:m] - stats.rankdata(positive_m)) / n  # share of negatives below each positive
+    below_n = 1 - (rank[m:] - stats.rankdata(negative_n)) / m
+    area = float(above_m.mean())
+    variance = (above_m.var(ddof=1) / m if m > 1 else 0.0) + (below_n.var(ddof=1) / n if n > 1 else 0.0)
+    if variance <= 0 and area in (0.0, 1.0):
+        bound = 0.025 ** (1 / min(m, n))
+        return (area, bound, 1.0) if area == 1 else (area, 0.0, 1 - bound)
+    error = 1.96 * math.sqrt(variance)
+    return area, max(0.0, area - error), min(1.0, area + error)
+
+
+def thin(fpr: NDArray[np.floating], tpr: NDArray[np.floating], most: int = 200) -> dict[str, list[float]]:
+    """At most about `most` points of a ROC as JSON, evenly spaced in the logarithm, where small rates are read."""
+    last = len(fpr) - 1
+    wanted = np.concatenate([[0, last], np.geomspace(1, max(last, 1), most).round()]).astype(int)
+    keep = np.unique(np.minimum(wanted, last))
+    return {"fpr": np.asarray(fpr)[keep].round(6).tolist(), "tpr": np.asarray(tpr)[keep].round(6).tolist()}
+
+
 def bootstrap_mean(
     value_n: NDArray[np.floating],
     *,

@@ -48,6 +48,15 @@ class AuditPolicy(BaseModel):
         0.05, ge=0, le=1, description="Largest AATS(holdout) - AATS(train); positive means nearer to training."
     )
     aats_rows: int = Field(2000, ge=20, description="Rows per side in the adversarial accuracy, drawn at random.")
+    membership_auc_max: float = Field(
+        0.55, ge=0.5, le=1, description="Largest area under the ROC of a membership attack; 0.5 is guessing."
+    )
+    membership_tpr_excess: float = Field(
+        0.02, ge=0, lt=1, description="True-positive rate of a membership attack above its false-positive rate."
+    )
+    membership_people: int = Field(2000, ge=20, description="People of each side who are attacked, drawn at random.")
+    prdc_neighbours: int = Field(5, ge=1, description="Neighbours that give the radius in precision and coverage.")
+    cells: int = Field(8, ge=1, description="Cells of the training side in the data-copying test C_T.")
     fresh_share: float = Field(
         0.25, gt=0, lt=1, description="Share of holdout people set aside as the control that must pass."
     )
@@ -56,4 +65,13 @@ class AuditPolicy(BaseModel):
         0.25, gt=0, lt=1, description="Noise of the noisy copycat, in real people's median nearest distances."
     )
     contamination: float = Field(0.05, gt=0, lt=1, description="Share of noisy copies in the contaminated control.")
-    contamination_repeats: int = Field(100, ge=1, description="Draws of the contaminated control behind its power.")
+    contamination_repeats: int = Field(40, ge=1, description="Draws of the contaminated control behind its power.")
+    honest_repeats: int = Field(
+        20, ge=0, description="Fresh draws of unseen real people, each judged as a set: the false-positive rate."
+    )
+    honest_people: int = Field(
+        1000, ge=40, description="People of each side in those draws, at most; larger sides are cut at random."
+    )
+    false_positive_max: float = Field(
+        0.05, gt=0, lt=1, description="Share of honest sets convicted above which, when certain, there is no verdict."
+    )

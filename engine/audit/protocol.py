@@ -16,25 +16,22 @@ from numpy.typing import NDArray
 
 from engine.atomic import write_json
 from engine.audit import controls as planted
-from engine.audit.adversarial_accuracy import privacy_loss
+from engine.audit.authenticity import fidelity
 from engine.audit.controls import ControlResult, expected_verdict
-from engine.audit.copies import CopySearch, Null, Scores
+from engine.audit.copies import Null, Scores
 from engine.audit.findings import Finding, Verdict
-from engine.audit.intervals import clopper_pearson, person_weights, roc
-from engine.audit.judge import Judgement, copy_share, gate_level, judge
+from engine.audit.gates import Gates, Judge
+from engine.audit.intervals import person_weights, roc, thin
+from engine.audit.judge import gate_level
+from engine.audit.membership import membership
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool, check_alike
+from engine.audit.rates import false_positive_rate, planted_copies, power_at_contamination
 from engine.errors import InputError
-from engine.seeding import generator
 
 SCHEMA = "engine.audit/1"
 _BINS = 40
-
-# What only one modality can measure (kinship, registered correlation): called once with ("synthetic", rows, scores) and
-# once for every control with its name. Its findings join those of that set, and gated ones count in its verdict like
-# any other. It decides by one rule for all sets, calibrated on holdout against train, and returns [] where it has
-# nothing to say.
-Judge = Callable[[str, Pool, Scores], list[Finding]]
+STAGES = 7  # lines that `audit` says to `progress`
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class AuditResult:
         reasons: one plain sentence for each thing that decided the verdict.
         findings: on the synthetic rows, then the power figures.
         controls: what was planted and what the audit said of it.
-        figures: JSON-ready arrays: "rho" (histograms), "roc" (by control).
+        figures: JSON-ready arrays, described in docs/audit.md: "rho", "roc" (by control), "p_values", "membership" (ROC by
+            attack), "prdc".
         sizes: rows and people of each side.
         suspects: (synthetic row, training row, p-value), most suspicious first. Names training rows: for internal use
             only, and not part of `to_json`.
@@ -98,6 +96,7 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     judges: Sequence[Judge] = (),
+    model_scores: Mapping[str, tuple[NDArray, NDArray]] | None = None,
 ) -> AuditResult:
     """Judge whether `synthetic` holds copies of `train`, against real people the generator has not seen.
 
@@ -111,7 +110,9 @@ def audit(
         policy: thresholds; a mapping is checked against AuditPolicy.
         seed: of the random subsets, controls and relabellings.
         progress: called with a short line at every stage.
-        judges: further gates that need the modality; see `Judge`.
+        judges: further gates that need the modality; see `engine.audit.gates.Judge`.
+        model_scores: membership attacks that use the model, by name: (scores of training people, scores of unseen
+            people), one per person, higher is more member-like. Give them where the model leaves the building too.
 
     Raises:
         InputError: pools that cannot be compared, people on both sides, or too few people for any level of the policy.
@@ -132,31 +133,38 @@ def audit(
     say("searching real against real")
     if rest.people < 3:
         raise InputError("3 or more holdout people behind the null", str(rest.people), "audit holdout", "a larger one")
-    search = CopySearch(train, rest, policy, seed)
-    null = search.null()
+    gates = Gates.prepare(train, rest, policy, seed, judges)
+    search, null = gates.search, gates.null
     level = gate_level(null.people, policy)
 
     say("searching synthetic against training and holdout")
     scores = search.score(synthetic, "synthetic")
-    judged = judge(search, null, scores)
-    say("adversarial accuracy")
-    findings = [*judged.findings, *_aats(train, holdout, synthetic, policy, seed)]
-    findings += [finding for more in judges for finding in more("synthetic", synthetic, scores)]
+    judged = gates.judge("synthetic", synthetic, scores, holdout)
+    findings, curves = list(judged.findings), dict(judged.curves)
+    for attack, (member_n, nonmember_n) in (model_scores or {}).items():
+        note = "with access to the model"
+        found, curves[attack] = membership(member_n, nonmember_n, policy=policy, name=attack, note=note)
+        findings += found
+    say("authenticity, precision and coverage")
+    described, prdc = fidelity(train, holdout, synthetic, policy=policy, seed=seed)
+    findings += described
 
     say("judging the planted controls")
-    noisy = planted.noisy_copycat(train, policy.control_rows, policy.control_noise, search.typical_distance, seed)
     given.setdefault("copycat", planted.copycat(train, policy.control_rows, seed))
+    noisy, noisy_scores = planted_copies(gates)
     given.setdefault("noisy_copycat", noisy)
     if search.runs:
         given.setdefault("mosaic_copycat", planted.mosaic(train, policy.control_rows, seed))
     results, control_scores = [], {}
     for name, pool in sorted(given.items()):
+        expected = expected_verdict(name)
         control_scores[name] = search.score(pool, name)
-        said = judge(search, null, control_scores[name]).findings
-        said += [finding for more in judges for finding in more(name, pool, control_scores[name])]
-        verdict: Verdict = "fail" if any(finding.verdict == "fail" for finding in said) else "pass"
-        results.append(ControlResult(name, expected_verdict(name), verdict, len(pool), said))
-    findings.append(_power(null, search.score(noisy, "contamination"), synthetic, policy, seed))
+        said = gates.judge(name, pool, control_scores[name], rest if expected == "pass" else holdout)
+        results.append(ControlResult(name, expected, said.verdict, len(pool), said.findings))
+    say("contaminated sets")
+    findings.append(power_at_contamination(gates, synthetic, scores, noisy, noisy_scores, holdout))
+    say("sets of honest people")
+    findings.append(false_positive_rate(train, holdout, synthetic.people, policy, seed))
 
     verdict, reasons = _verdict(findings, results, level)
     if verdict == "void":
@@ -167,7 +175,7 @@ def audit(
         reasons,
         findings,
         results,
-        _figures(null, scores, judged, control_scores),
+        {**_figures(null, scores, judged.p_n, control_scores), "membership": curves, "prdc": prdc},
         policy,
         seed,
         {
@@ -238,59 +246,6 @@ def _check_views(holdout: Pool, synthetic: Pool) -> None:
         raise InputError("as many views of each holdout row as of each synthetic row", str(count), "audit")
 
 
-def _aats(train: Pool, holdout: Pool, synthetic: Pool, policy: AuditPolicy, seed: int) -> list[Finding]:
-    if min(len(holdout), len(synthetic)) < 10:
-        note = "not given: needs 10 rows on every side"
-        return [Finding(name, math.nan, note=note) for name in ("aats_test", "aats_train", "privacy_loss")]
-    test, same, loss = privacy_loss(train, holdout, synthetic, seed=seed, rows=policy.aats_rows)
-    copying = same.interval is not None and same.interval[1] < policy.aats_train_min
-    leaking = loss.interval is not None and loss.interval[0] > policy.privacy_loss_max
-    return [
-        replace(test, calibrated_on="equal n"),
-        replace(
-            same,
-            calibrated_on="equal n",
-            threshold=policy.aats_train_min,
-            direction="higher",
-            verdict="fail" if copying else "pass",
-        ),
-        replace(
-            loss, calibrated_on="equal n", threshold=policy.privacy_loss_max, verdict="fail" if leaking else "pass"
-        ),
-    ]
-
-
-def _power(null: Null, copies: Scores, synthetic: Pool, policy: AuditPolicy, seed: int) -> Finding:
-    """How often a set of this size with a share of noisy copies would be convicted, by the flagged share alone.
-
-    Each draw mixes p-values of noisy copies with p-values of the null, so that the honest part is honest by
-    construction.
-    """
-    p_copies, p_null = null.p_values(copies), null.p_values(null.scores)
-    chance_null = null.weight_n / null.weight_n.sum()
-    people = synthetic.people
-    planted_rows = max(1, round(policy.contamination * people))
-    rng, convicted = generator(seed, "audit.contamination"), 0
-    nobody_twice = np.arange(people).astype(str)
-    for _ in range(policy.contamination_repeats):
-        p_n = rng.choice(p_null, people, p=chance_null)
-        p_n[:planted_rows] = rng.choice(p_copies, planted_rows)
-        convicted += any(
-            copy_share(null, p_n, nobody_twice, None, level, policy).verdict == "fail" for level in policy.levels
-        )
-    return Finding(
-        name="power_at_contamination",
-        value=convicted / policy.contamination_repeats,
-        interval=clopper_pearson(convicted, policy.contamination_repeats),
-        n={"people": people, "draws": policy.contamination_repeats},
-        calibrated_on=f"{planted_rows} noisy copies among {people}",
-        direction="higher",
-        unit="share",
-        note=f"chance that {policy.contamination:.0%} of near copies in a set of this size would be seen",
-        detail={"contamination": planted_rows / people, "noise": policy.control_noise},
-    )
-
-
 def _verdict(findings: list[Finding], controls: list[ControlResult], level: float) -> tuple[Verdict, list[str]]:
     wrong = [control for control in controls if not control.right]
     if wrong:
@@ -298,13 +253,27 @@ def _verdict(findings: list[Finding], controls: list[ControlResult], level: floa
             f"The control '{c.name}' should have been judged '{c.expected}' and was judged '{c.verdict}': no verdict."
             for c in wrong
         ]
+    by_name = {finding.name: finding for finding in findings}
+    rate, power = by_name["audit_false_positive_rate"], by_name["power_at_contamination"]
+    if rate.interval is not None and rate.threshold is not None and rate.interval[0] > rate.threshold:
+        return "void", [f"{_rate(rate)} of sets of fresh real people were convicted: no verdict."]
+    known = [] if rate.interval is None else [f"Of sets of fresh real people it convicts {_rate(rate)}."]
     failed = [finding for finding in findings if finding.verdict == "fail"]
     if failed:
-        return "fail", [f"{_plain(f)}." for f in failed]
+        return "fail", [*(f"{_plain(f)}." for f in failed), *known]
     return "pass", [
         f"No finding differs from what unseen real people show at a false-positive rate of {level:.0%}, "
-        f"and all {len(controls)} planted controls were judged as they must be."
+        f"and all {len(controls)} planted controls were judged as they must be.",
+        f"Had {power.detail['contamination']:.0%} of the people been near copies, the set would have failed in "
+        f"{_rate(power)} of draws.",
+        *known,
     ]
+
+
+def _rate(finding: Finding) -> str:
+    low, high = finding.interval or (math.nan, math.nan)
+    draws = finding.n["draws"] if isinstance(finding.n, dict) else finding.n
+    return f"{finding.value:.0%} (95 % interval {low:.0%} to {high:.0%}, {draws} draws)"
 
 
 def _plain(finding: Finding) -> str:
@@ -313,7 +282,7 @@ def _plain(finding: Finding) -> str:
     return f"{finding.name} is {value}{limit} ({finding.note})"
 
 
-def _figures(null: Null, scores: Scores, judged: Judgement, controls: Mapping[str, Scores]) -> dict[str, Any]:
+def _figures(null: Null, scores: Scores, p_n: NDArray[np.float64], controls: Mapping[str, Scores]) -> dict[str, Any]:
     """Histograms of rho on common edges, as shares of people, and one ROC per control."""
     sets = {"real, unseen": null.scores, "synthetic": scores, **dict(controls)}
     weights = {name: person_weights(s.person_n)[0] for name, s in sets.items()} | {"real, unseen": null.weight_n}
@@ -330,8 +299,7 @@ def _figures(null: Null, scores: Scores, judged: Judgement, controls: Mapping[st
     curves = {}
     for name, s in {"synthetic": scores, **dict(controls)}.items():
         fpr, tpr, area = roc(null_rank, _combined(null, s))
-        keep = np.unique(np.linspace(0, len(fpr) - 1, 200).round().astype(int))
-        curves[name] = {"fpr": fpr[keep].round(6).tolist(), "tpr": tpr[keep].round(6).tolist(), "auc": round(area, 6)}
+        curves[name] = {**thin(fpr, tpr), "auc": round(area, 6)}
     return {
         "rho": {
             "edges": edges.round(6).tolist(),
@@ -339,7 +307,7 @@ def _figures(null: Null, scores: Scores, judged: Judgement, controls: Mapping[st
             "x_label": "log ratio of distances, training to unseen",
         },
         "roc": curves,
-        "p_values": np.histogram(judged.p_n, np.linspace(0, 1, 21))[0].tolist(),
+        "p_values": np.histogram(p_n, np.linspace(0, 1, 21))[0].tolist(),
     }
 
 

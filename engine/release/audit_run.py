@@ -6,6 +6,8 @@ Here the two modalities meet the modality-blind audit: a panel is haplotypes as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,35 @@ import yaml
 from engine import provenance
 from engine.atomic import atomic_folder, atomic_path
 from engine.audit import AuditPolicy, AuditResult, Judge, Pool, audit, hash_files, write_audit
+from engine.audit.pools import check_alike
+from engine.audit.protocol import STAGES
+from engine.audit.store import check_sides, is_store, kind_in_words, read_people, read_store, with_people
 from engine.errors import InputError, UsageError
 from engine.release.report import audit_sections, write_report
 
 Progress = Callable[[str, int, int], None]
 PANEL_SUFFIXES = (".vcf", ".vcf.gz", ".bcf", ".pgen")
-_STAGES = 5  # lines that `audit` says
 
 
 def modality(path: Path) -> str:
-    """ "genotypes" or "scans", by what the path is called and holds.
+    """ "genotypes", "scans" or "store" (embeddings or bits), by what the path is called and holds.
 
     Raises:
-        InputError: neither.
+        InputError: none of them.
     """
     if not path.exists():
-        raise InputError("a panel, or a table or folder of scans", "nothing there", path)
+        raise InputError("a panel, a table or folder of scans, or an embedding store", "nothing there", path)
+    if is_store(path):
+        return "store"
     if path.name.lower().endswith(PANEL_SUFFIXES):
         return "genotypes"
     if path.is_dir() or path.suffix.lower() == ".csv":
         return "scans"
     raise InputError(
-        "a panel (.vcf.gz, .bcf, .pgen), or a CSV or folder of scans", f"'{path.name}'", path, "engine files check"
+        "a panel (.vcf.gz, .bcf, .pgen), a CSV or folder of scans, or a store (.safetensors)",
+        f"'{path.name}'",
+        path,
+        "engine files check",
     )
 
 
@@ -68,9 +77,13 @@ def load_pools(
     Raises:
         InputError: the inputs are of different kinds or cannot be read.
     """
-    kinds = {name: modality(path) for name, path in (("train", train), ("holdout", holdout), ("synthetic", synthetic))}
-    if len(set(kinds.values())) != 1:
+    paths = {"train": train, "holdout": holdout, "synthetic": synthetic}
+    kinds = {name: modality(path) for name, path in paths.items()}
+    if len(set(kinds.values()) - {"store"}) > 1:
         raise InputError("three inputs of one kind", ", ".join(f"{k}: {v}" for k, v in kinds.items()), "audit")
+    if "store" in kinds.values():
+        pools = _one_by_one(paths, kinds)
+        return kind_in_words(pools["train"]), pools, {}, []
     if kinds["train"] == "genotypes":
         from engine.genomics.pools import audit_pools as panels
 
@@ -79,8 +92,51 @@ def load_pools(
         return "genotypes", pools, controls, list(judges)
     from engine.imaging.pools import audit_pools as scans
 
-    pools, controls, *more = scans(train, holdout, synthetic, seed=seed, progress=progress)
-    return "scans", pools, controls, list(more[0]) if more else []
+    read: Any = scans(train, holdout, synthetic, seed=seed, progress=progress)
+    return "scans", read[0], read[1], list(read[2]) if len(read) > 2 else []
+
+
+def _one_by_one(paths: dict[str, Path], kinds: dict[str, str]) -> dict[str, Pool]:
+    """Pools of sides that are stores, or stores beside panels or scans, each read as it stands.
+
+    Mirrored views are dropped unless holdout and synthetic both have them, positions unless all sides do.
+    """
+    pools = {}
+    for side, path in paths.items():
+        if kinds[side] == "store":
+            pools[side] = read_store(path, side)
+        elif kinds[side] == "genotypes":
+            from engine.genomics.panel import read_panel
+            from engine.genomics.pools import haplotype_pool
+
+            pools[side] = haplotype_pool(read_panel(path), str(path))
+        else:
+            from engine.imaging.commands import read_folder
+            from engine.imaging.dataset import common_grid, fit_volume
+            from engine.imaging.pools import scan_pool
+
+            volumes, persons = read_folder(path)
+            grid = common_grid(volumes, str(path))
+            pools[side] = scan_pool([fit_volume(volume, grid) for volume in volumes], persons)
+    check_alike(*pools.values())
+    sites = [pool.position_bp for pool in pools.values()]
+    if len({pool.length for pool in pools.values()}) > 1 or any(
+        x is not None and y is not None and not np.array_equal(x, y) for x, y in pairwise(sites)
+    ):
+        raise InputError("the same sites on every side", "different ones", "audit")
+    if any(position is None for position in sites):
+        pools = {side: replace(pool, position_bp=None) for side, pool in pools.items()}
+    views = [pool.views for side, pool in pools.items() if side != "train"]
+    if any(view is None for view in views):
+        pools = {side: replace(pool, views=None) for side, pool in pools.items()}
+    return pools
+
+
+def _named(pools: dict[str, Pool], table: Path) -> dict[str, Pool]:
+    """The pools with the persons and groups of a person table; refuses people on both sides, by their pairs."""
+    people = read_people(table)
+    check_sides({side: pools[side].person for side in ("train", "holdout")}, people)
+    return {side: with_people(pool, people, side, required=side != "synthetic") for side, pool in pools.items()}
 
 
 def audit_files(
@@ -90,10 +146,19 @@ def audit_files(
     out: str | Path,
     *,
     policy: str | Path | None = None,
+    people: str | Path | None = None,
+    model: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Audit files and write `audit.json`, `report.html` and `provenance.json` into the new folder `out`.
+
+    Args:
+        train, holdout, synthetic: panels, tables or folders of scans, or embedding stores (`engine.audit.store`).
+        policy: YAML with thresholds; configs/audit/default.yaml holds the defaults.
+        people: person table that maps sample ids or subjects to people and groups, and may name the side of each.
+        model: run folder of the generator: adds the membership attack that has the model. For models that leave the
+            building with the data.
 
     Returns:
         {"modality", "verdict", "reasons", "findings", "controls", "out", "report"}, JSON-ready.
@@ -102,7 +167,15 @@ def audit_files(
         InputError: an input cannot be used, or people are on both sides. UsageError: `out` exists, or a bad policy.
     """
     result, kind = run_audit(
-        Path(train), Path(holdout), Path(synthetic), Path(out), policy=policy, seed=seed, progress=progress
+        Path(train),
+        Path(holdout),
+        Path(synthetic),
+        Path(out),
+        policy=policy,
+        people=people,
+        model=model,
+        seed=seed,
+        progress=progress,
     )
     made = result.to_json()
     return {
@@ -123,6 +196,8 @@ def run_audit(
     out: Path,
     *,
     policy: str | Path | None = None,
+    people: str | Path | None = None,
+    model: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[AuditResult, str]:
@@ -134,13 +209,15 @@ def run_audit(
         modality(path)
     audited = hash_files(synthetic)
     kind, pools, controls, judges = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
+    if people is not None:
+        pools = _named(pools, Path(people))
     said = 0
 
     def tell(line: str) -> None:
         nonlocal said
         said += 1
         if progress is not None:
-            progress(f"audit of {kind}", min(said, _STAGES), _STAGES)
+            progress(f"audit of {kind}", min(said, STAGES), STAGES)
 
     result = audit(
         pools["train"],
@@ -153,7 +230,7 @@ def run_audit(
         judges=judges,
     )
     if progress is not None:
-        progress(f"audit of {kind}", _STAGES, _STAGES)
+        progress(f"audit of {kind}", STAGES, STAGES)
     with atomic_folder(out) as folder:
         write_audit(result, folder, audited=audited)
         write_report(
@@ -189,7 +266,9 @@ def nearest_table(
     if kinds[0] != kinds[1]:
         raise InputError("a query and a database of one kind", " and ".join(kinds), "nearest")
     sides: list[Pool]
-    if kinds[0] == "genotypes":
+    if kinds[0] == "store":
+        sides = [read_store(query), read_store(database)]
+    elif kinds[0] == "genotypes":
         from engine.genomics.matching import common_sites
         from engine.genomics.panel import read_panel
         from engine.genomics.pools import haplotype_pool

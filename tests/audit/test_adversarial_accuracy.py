@@ -21,7 +21,10 @@ def bits(alleles, tag="p"):
 
 
 def by_definition(distance_ts, distance_tt, distance_ss):
-    tt, ss = distance_tt + np.diag(np.full(len(distance_tt), np.inf)), distance_ss + np.diag(np.full(len(distance_ss), np.inf))
+    tt, ss = (
+        distance_tt + np.diag(np.full(len(distance_tt), np.inf)),
+        distance_ss + np.diag(np.full(len(distance_ss), np.inf)),
+    )
     real = (distance_ts.min(1) > tt.min(1)).mean()
     synthetic = (distance_ts.min(0) > ss.min(1)).mean()
     return (real + synthetic) / 2
@@ -75,9 +78,7 @@ def test_jackknife_interval_covers():
     rng = np.random.default_rng(5)
     covered = 0
     for i in range(60):
-        found = aats(
-            features(rng.standard_normal((120, 4)), "t"), features(rng.standard_normal((120, 4)), "s"), seed=i
-        )
+        found = aats(features(rng.standard_normal((120, 4)), "t"), features(rng.standard_normal((120, 4)), "s"), seed=i)
         covered += found.interval[0] <= 0.5 <= found.interval[1]
     assert covered >= 50
 

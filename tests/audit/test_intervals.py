@@ -82,7 +82,9 @@ def test_excess_p_is_the_chance_of_that_many_flags():
         counts.append((intervals.conformal_p(null, tested) <= level + 1e-12).sum())
     for k in (3, 6, 9):
         assert intervals.excess_p(k, n, level, people) == pytest.approx((np.array(counts) >= k).mean(), abs=0.02)
-    assert stats.binom.sf(8, n, level) < 0.5 * intervals.excess_p(9, n, level, people)  # a binomial would be overconfident
+    assert stats.binom.sf(8, n, level) < 0.5 * intervals.excess_p(
+        9, n, level, people
+    )  # a binomial would be overconfident
     assert intervals.excess_p(5, n, 0.001, people) == 1.0
 
 

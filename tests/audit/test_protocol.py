@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from engine.audit import AuditPolicy, Finding, Pool, audit, hash_files, write_audit
 from engine.audit import protocol as room
+from engine.audit.rates import false_positive_rate
 from engine.errors import InputError
 
-FAST = AuditPolicy(control_rows=60, contamination_repeats=40, subsets=2, aats_rows=150)
+FAST = AuditPolicy(control_rows=60, contamination_repeats=6, honest_repeats=2, subsets=2, aats_rows=150)
 
 
 def sheet(rng, n):
@@ -236,11 +239,68 @@ def test_shares_by_group(scans):
 
 def test_power_grows_with_the_set(scans):
     train, holdout, fresh = scans
-    near = FAST.model_copy(update={"control_noise": 0.02})
+    near = FAST.model_copy(update={"control_noise": 0.02, "contamination_repeats": 40})
     few = audit(train, holdout, pool(fresh[:15], "s"), policy=near).finding("power_at_contamination").value
     many = audit(train, holdout, pool(fresh, "s"), policy=near).finding("power_at_contamination").value
     assert few < 0.3
     assert many > few + 0.3
+
+
+def test_every_audit_says_how_good_it_is(scans):
+    """Power and false-positive rate of all gates together, with draws and intervals, beside the verdict."""
+    train, holdout, fresh = scans
+    rules = FAST.model_copy(update={"contamination": 0.3, "control_noise": 0.05, "contamination_repeats": 8})
+    result = audit(train, holdout, pool(fresh, "s"), policy=rules, seed=1)
+    power, rate = result.finding("power_at_contamination"), result.finding("audit_false_positive_rate")
+    assert power.value == 1
+    assert power.n == {"people": 150, "draws": 8}
+    assert power.detail["by_gate"]["copy_share_at_1_percent"] == 1
+    assert power.detail["contamination"] == pytest.approx(0.3)
+    assert rate.value == 0
+    assert rate.n == {"people": 50, "draws": 2}
+    assert "100%" in result.reasons[1]
+    assert "Of sets of fresh real people it convicts 0%" in result.reasons[2]
+    assert {f.name for f in result.findings} >= {"membership_auc_distance", "authenticity", "c_t", "coverage"}
+    assert set(result.figures) == {"rho", "roc", "p_values", "membership", "prdc"}
+    assert set(result.figures["membership"]) == {"distance", "density_ratio"}
+
+
+def test_an_audit_that_convicts_honest_people_is_void(scans):
+    """A limit that nobody can keep: the honest draws show it, although the planted fresh control may have been lucky."""
+    train, holdout, fresh = scans
+    rules = FAST.model_copy(update={"honest_repeats": 4, "aats_train_min": 0.5, "false_positive_max": 1e-4})
+    rate = false_positive_rate(train, holdout, 150, rules.model_copy(update={"privacy_loss_max": 0.0}), 0)
+    assert rate.threshold == 1e-4
+    strict = false_positive_rate(
+        train, replace(holdout, data=train.data[:200] + 1e-5), 150, rules, 0
+    )  # nobody is unseen
+    assert strict.value == 1
+    assert strict.interval[0] > 0.3
+    honest = audit(train, holdout, pool(fresh, "s"), policy=FAST, seed=1)
+    swapped = [strict if f.name == strict.name else f for f in honest.findings]
+    verdict, reasons = room._verdict(swapped, honest.controls, 0.01)
+    assert verdict == "void"
+    assert "100%" in reasons[0]
+    assert room._verdict(honest.findings, honest.controls, 0.01)[0] == "pass"
+
+
+def test_attacks_with_the_model_join_the_verdict(scans):
+    train, holdout, fresh = scans
+    rng = np.random.default_rng(6)
+    given = {"model": (rng.random(300) + 0.5, rng.random(200))}
+    result = audit(train, holdout, pool(fresh, "s"), policy=FAST, model_scores=given)
+    assert result.verdict == "fail"
+    assert "membership_auc_model" in result.reasons[0]
+    assert result.figures["membership"]["model"]["auc"] > 0.8
+    given = {"model": (rng.random(300), rng.random(200))}
+    assert audit(train, holdout, pool(fresh, "s"), policy=FAST, model_scores=given).verdict == "pass"
+
+
+def test_the_default_policy_file_is_the_default():
+    text = (Path(__file__).resolve().parents[2] / "configs" / "audit" / "default.yaml").read_text()
+    values = yaml.safe_load(text)
+    assert set(values) == set(AuditPolicy.model_fields)
+    assert AuditPolicy.model_validate(values) == AuditPolicy()
 
 
 def test_policy_rejects_unknown_keys():

@@ -1,0 +1,117 @@
+"""How good is this audit, on these data, at this size? Its power to see a set that is contaminated with near copies, and
+its rate of convicting honest people, by all of its gates together.
+
+Gates that a modality brings (`Judge`) take no part: they may cost minutes a set, and are tried once on every control.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from engine.audit import controls as planted
+from engine.audit.copies import Scores, join
+from engine.audit.findings import Finding
+from engine.audit.gates import Gates, Judged
+from engine.audit.intervals import clopper_pearson
+from engine.audit.policy import AuditPolicy
+from engine.audit.pools import Pool
+from engine.seeding import generator
+
+
+def power_at_contamination(
+    gates: Gates, synthetic: Pool, scores: Scores, copies: Pool, copy_scores: Scores, unseen: Pool
+) -> Finding:
+    """How often this very set would be convicted if a share of its people had been near copies of training people.
+
+    In every draw the rows of other randomly chosen synthetic people give way to randomly chosen near copies, and the
+    mixture, of the size of the synthetic set, is judged as the set is.
+    """
+    policy, judges_left_out = gates.search.policy, replace(gates, judges=())
+    rng = generator(gates.search.seed, "audit.contamination")
+    people, code_n = np.unique(synthetic.person, return_inverse=True)
+    k = max(1, round(policy.contamination * len(people)))
+    outcomes = []
+    for _ in range(policy.contamination_repeats):
+        out_n = np.isin(code_n, rng.choice(len(people), k, replace=False))
+        kept, left = np.flatnonzero(~out_n), np.flatnonzero(out_n)
+        drawn = rng.choice(len(copies), len(left), replace=len(left) > len(copies))
+        person_n = np.concatenate([synthetic.person[kept], synthetic.person[left]])
+        data = np.concatenate([synthetic.data[kept], copies.data[drawn]])
+        rows = replace(synthetic, data=data, person=person_n, group=None, views=None)
+        mixed = replace(join([scores.select(kept), copy_scores.select(drawn)]), person_n=person_n)
+        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen))
+    seen = sum(judged.verdict == "fail" for judged in outcomes)
+    return Finding(
+        name="power_at_contamination",
+        value=seen / len(outcomes),
+        interval=clopper_pearson(seen, len(outcomes)),
+        n={"people": len(people), "draws": len(outcomes)},
+        calibrated_on=f"{k} of {len(people)} synthetic people replaced by near copies, drawn anew each time",
+        direction="higher",
+        unit="share",
+        note=f"chance that this set would fail if {policy.contamination:.0%} of its people were near copies",
+        detail={"contamination": k / len(people), "noise": policy.control_noise, "by_gate": _by_gate(outcomes)},
+    )
+
+
+def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPolicy, seed: int) -> Finding:
+    """How often a set of fresh real people is convicted: the holdout is split anew in every draw, a part of it is judged
+    by the whole audit, and the rest stands behind the null.
+
+    Args:
+        people: of the synthetic set; a draw has as many, or `policy.fresh_share` of the holdout where that is less.
+
+    Draws share people, so that the interval, which is that of independent draws, is somewhat too narrow.
+    """
+    known = np.unique(holdout.person)
+    limit = min(len(known), policy.honest_people)
+    m = max(1, min(people, round(policy.fresh_share * limit)))
+    if policy.honest_repeats == 0 or limit - m < 3:
+        return Finding("audit_false_positive_rate", math.nan, unit="share", note="not given: no draws of honest people")
+    outcomes = []
+    for repeat in range(policy.honest_repeats):
+        rng = generator(seed, "audit.honest", repeat)
+        side = train.select_people(_some(train, policy.honest_people, rng))
+        order = rng.permutation(known)[:limit]
+        fresh, rest = holdout.select_people(order[:m]), holdout.select_people(order[m:])
+        gates = Gates.prepare(side, rest, policy, seed + repeat)
+        outcomes.append(gates.judge("honest", fresh, gates.search.score(fresh, "honest")))
+    convicted = sum(judged.verdict == "fail" for judged in outcomes)
+    return Finding(
+        name="audit_false_positive_rate",
+        value=convicted / len(outcomes),
+        interval=clopper_pearson(convicted, len(outcomes)),
+        n={"people": m, "draws": len(outcomes)},
+        threshold=policy.false_positive_max,
+        calibrated_on="unseen real people, split anew in every draw",
+        direction="lower",
+        unit="share",
+        note="sets of fresh real people that the whole audit convicts; no verdict where it is surely above the threshold",
+        detail={"by_gate": _by_gate(outcomes)},
+    )
+
+
+def planted_copies(gates: Gates) -> tuple[Pool, Scores]:
+    """The near copies of the noisy copycat and of contaminated sets, and their scores."""
+    search = gates.search
+    policy = search.policy
+    copies = planted.noisy_copycat(
+        search.train, policy.control_rows, policy.control_noise, search.typical_distance, search.seed
+    )
+    return copies, search.score(copies, "contamination")
+
+
+def _some(pool: Pool, people: int, rng: np.random.Generator) -> np.ndarray:
+    known = np.unique(pool.person)
+    return known if len(known) <= people else rng.choice(known, people, replace=False)
+
+
+def _by_gate(outcomes: Sequence[Judged]) -> dict[str, float]:
+    """Share of draws that each gate convicted; gates that never did are left out."""
+    failed = Counter(f.name for judged in outcomes for f in judged.findings if f.verdict == "fail")
+    return {name: round(count / len(outcomes), 4) for name, count in sorted(failed.items())}
