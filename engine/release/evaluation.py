@@ -55,24 +55,33 @@ def scan_section(findings: Sequence[Finding], figures: Mapping[str, Any], title:
         "y_label": "shape component 2",
         "title": "Shape features",
     }
-    return Section(title, SCANS, findings, drawn)
+    return Section(title, SCANS, findings, drawn, internal=True)
 
 
 def genotype_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Genotypes") -> Section:
     """PCA, LD decay, spectrum and frequencies, and the findings of `engine.genomics.evaluate.evaluate`."""
     drawn: dict[str, Any] = {name: figures[name] for name in ("pca", "ld_decay") if name in figures}
-    minor = {side: np.minimum(f, 1 - f) for side in ("real", "synthetic") if len(f := np.asarray(figures["af"][side]))}
-    edges = np.array([0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
-    drawn["histogram_spectrum"] = {
-        "edges": np.arange(len(edges)),  # bins of equal width on the page; their names are in the caption
-        "shares": {side: np.histogram(frequency, edges)[0] / len(frequency) for side, frequency in minor.items()},
-        "x_label": "bin of minor allele frequency",
-        "y_label": "share of sites",
-        "title": "Folded site-frequency spectrum",
-        "caption": "Bins from rare to common, edges " + ", ".join(f"{edge:g}" for edge in edges) + ".",
-    }
+    if "sfs" in figures:
+        drawn["histogram_spectrum"] = spectrum(figures["sfs"])
     drawn["af"] = figures["af"]
-    return Section(title, GENOTYPES, findings, drawn)
+    return Section(title, GENOTYPES, findings, drawn, internal=True)
+
+
+def spectrum(sfs: Mapping[str, Any]) -> dict[str, Any]:
+    """Histogram of the site-frequency spectrum of `engine.genomics.evaluate.evaluate`: counts over many people, no point of
+    it is anybody's.
+    """
+    low, high = sfs["minor_count_low"], sfs["minor_count_high"]
+    return {
+        "kind": "histogram",
+        "edges": np.arange(len(low) + 1),  # bins of equal width on the page, named by their counts
+        "shares": {name: sfs[name] for name in ("real", "synthetic") if name in sfs},
+        "bins": [f"{a}" if a == b else f"{a}–{b}" for a, b in zip(low, high, strict=True)],
+        "x_label": f"copies of the minor allele among {sfs['haplotypes']} haplotypes",
+        "y_label": "share of these sites",
+        "title": "Site-frequency spectrum of rare variants",
+        "caption": "How many sites have a minor allele this rare, projected to the same number of haplotypes on both sides.",
+    }
 
 
 def write_evaluation(folder: Path, section: Section, tiles: Sequence[str], seed: int) -> Path:

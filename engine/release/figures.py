@@ -47,6 +47,7 @@ _RC: dict[Any, Any] = {
     "savefig.facecolor": "none",
 }
 WIDTH, HEIGHT = 4.6, 3.2  # inches; drawings scale to their column
+TILES = 4  # of a slice slider side by side: on a telephone they can still be judged
 
 
 def pca(figure: Mapping[str, Any]) -> str:
@@ -125,7 +126,8 @@ def histogram(figure: Mapping[str, Any]) -> str:
 
     Args:
         figure: "edges" (b + 1), "shares" {name: (b,)} (counts are turned into shares), "x_label", "y_label", "log"
-            (logarithmic shares), "x_log", "threshold". {"edges", "real", "synthetic"} works too.
+            (logarithmic shares), "x_log", "threshold", "bins" (a word under each bin instead of numbers). {"edges",
+            "real", "synthetic"} works too.
     """
     edges = np.asarray(figure["edges"], dtype=float)
     shares = figure.get("shares") or {n: figure[n] for n in ("real", "synthetic", "floor") if n in figure}
@@ -145,6 +147,9 @@ def histogram(figure: Mapping[str, Any]) -> str:
         for which, wanted in (("x", "x_log"), ("y", "log")):
             if figure.get(wanted):
                 _log(axis, which)
+        if figure.get("bins"):
+            middle = (edges[1:] + edges[:-1]) / 2
+            axis.set_xticks(middle, [str(word) for word in figure["bins"]], rotation=40 if len(middle) > 6 else 0)
         axis.legend()
         return _svg(drawing)
 
@@ -201,13 +206,14 @@ def scatter(figure: Mapping[str, Any]) -> str:
         return _svg(drawing)
 
 
-def montage_png(tiles: NDArray[np.uint8], *, columns: int | None = None, gap: int = 2) -> bytes:
+def montage_png(tiles: NDArray[np.uint8], *, columns: int | None = None, gap: int = 2, enlarge: bool = True) -> bytes:
     """Grey tiles side by side as one PNG.
 
     Args:
         tiles: uint8 (n, h, w), or (rows, columns, h, w), whose layout is kept.
         columns: of a flat list; near a square where None.
         gap: pixels between tiles, in middle grey.
+        enlarge: repeat pixels until the sheet is about 1,000 wide, so that small volumes are seen as they are.
     """
     from PIL import Image
 
@@ -224,7 +230,7 @@ def montage_png(tiles: NDArray[np.uint8], *, columns: int | None = None, gap: in
     for r in range(rows):
         for c in range(across):
             sheet[r * (h + gap) : r * (h + gap) + h, c * (w + gap) : c * (w + gap) + w] = tiles[r, c]
-    scale = max(1, 1000 // sheet.shape[1])  # whole pixels, so that small volumes are seen as they are
+    scale = max(1, 1000 // sheet.shape[1]) if enlarge else 1  # whole pixels
     sheet = sheet.repeat(scale, 0).repeat(scale, 1)
     stream = io.BytesIO()
     Image.fromarray(sheet).save(stream, "PNG", optimize=True)
@@ -234,6 +240,59 @@ def montage_png(tiles: NDArray[np.uint8], *, columns: int | None = None, gap: in
 def montage(tiles: NDArray[np.uint8], **layout: Any) -> str:
     """`montage_png` as a data URI for the `src` of an image."""
     return "data:image/png;base64," + base64.b64encode(montage_png(tiles, **layout)).decode()
+
+
+def stack(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Frames of a slice slider: for each slice, groups of at most four tiles, each with one strip a row.
+
+    Args:
+        figure: "rows" {label: uint8 (n, s, h, w)}, n volumes of s slices, equal in all rows; "columns", n words over the
+            tiles; "plane", what a slice is called.
+
+    Returns:
+        [{"name": "axial slice 3 of 12", "groups": [{"columns": [...], "strips": [{"label", "image"}]}]}], images as data
+        URIs, one pixel a voxel.
+
+    Raises:
+        ValueError: rows of different shapes, or not uint8 (n, s, h, w).
+    """
+    rows = {name: np.asarray(tiles) for name, tiles in figure["rows"].items()}
+    shapes = {tiles.shape for tiles in rows.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or any(t.dtype != np.uint8 for t in rows.values()):
+        raise ValueError("a slice slider takes rows of uint8 (n, s, h, w), all of one shape")
+    count, slices = shape[:2]
+    words = list(figure.get("columns") or [])
+    plane = str(figure.get("plane", ""))
+    frames = []
+    for k in range(slices):
+        groups = []
+        for start in range(0, count, TILES):
+            few = slice(start, min(start + TILES, count))
+            strips = []
+            for label, tiles in rows.items():
+                filler = np.full((TILES - (few.stop - few.start), *shape[2:]), 128, np.uint8)
+                strip = np.concatenate([tiles[few, k], filler])  # one width in all groups, so that tiles are one size
+                strips.append({"label": label, "image": montage(strip, columns=TILES, enlarge=False)})
+            groups.append({"columns": words[few] if words else [], "strips": strips})
+        frames.append({"name": f"{plane} slice {k + 1} of {slices}".strip(), "groups": groups})
+    return frames
+
+
+def stretches(figure: Mapping[str, Any]) -> str:
+    """Where each of some haplotypes equals another one, as bars along the sequence: a long bar is a long shared stretch.
+
+    Args:
+        figure: "labels" (n), "segments" (n lists of (start_bp, end_bp)), "span_bp" (first, last).
+    """
+    with plt.rc_context({**_RC, "axes.grid": False}):
+        drawing, axis = _axes("position (Mb)", "")
+        low, high = (float(x) / 1e6 for x in figure["span_bp"])
+        labels = [str(text) for text in figure["labels"]]
+        for row, segments in enumerate(figure["segments"]):
+            bars = [(start / 1e6, (stop - start) / 1e6) for start, stop in segments]
+            axis.broken_barh(bars, (row - 0.38, 0.76), facecolors=SYNTHETIC, linewidth=0)
+        axis.set(xlim=(low, high), ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels)
+        return _svg(drawing)
 
 
 # ------------------------------------------------------------------------------------------------------------ parts

@@ -1,12 +1,15 @@
-"""`write_report`: one HTML file that a data steward can read anywhere: no network, no script, no second file.
+"""`write_report`: one HTML file that a data steward can read anywhere: no network, no second file.
 
-The verdict stands on top in plain words, then the figures that decided it, then sections with tables and drawings.
-What is in the page is only what the caller hands over; findings and figures hold nothing of a real person, and rows
-of training data have no way in.
+The verdict stands on top in plain words, then the figures that decided it, then sections with tables and drawings. The only
+script moves the slice slider; without it, and on paper, all slices are there as a montage. What is in the page is only
+what the caller hands over. A section that shows real people says so (`internal`), the page then warns in its first line,
+and a page made for release refuses it.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +25,7 @@ from engine import __version__
 from engine.atomic import write_text
 from engine.audit.findings import Finding
 from engine.audit.protocol import AuditResult
-from engine.errors import InputError, closest
+from engine.errors import GateRefused, InputError, closest
 from engine.release import figures as drawings
 
 VERDICTS = {
@@ -56,7 +59,9 @@ _DRAW = {
     "roc": (drawings.roc, "How well the audit separates each set from unseen real people."),
     "histogram": (drawings.histogram, "Distribution, real and synthetic."),
     "scatter": (drawings.scatter, "Each point is one subject."),
+    "stretches": (drawings.stretches, "Bars are stretches that are equal in both haplotypes."),
 }
+SLIDER = (Path(__file__).parent / "templates" / "slider.js").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,11 @@ class Section:
         title, text: heading and a paragraph or more (blank lines separate) in plain English.
         findings: shown as a table.
         figures: by name. A dict is drawn by its "kind" (pca, ld_decay, af, sfs, rho, roc, histogram, scatter,
-            montage), or where it has none by the name itself or its first word ("histogram_intensity"); "title" and
-            "caption" are printed. A montage is {"kind": "montage", "tiles": uint8 (n, h, w) or (rows, columns, h,
-            w)}, or the array.
+            stretches, montage, slices), or where it has none by the name itself or its first word
+            ("histogram_intensity"); "title" and "caption" are printed. A montage is {"kind": "montage", "tiles": uint8
+            (n, h, w) or (rows, columns, h, w)}, or the array; slices are what `figures.stack` takes.
         tables: further tables.
+        internal: shows something of real people: their images, or a point for each of them.
     """
 
     title: str
@@ -87,6 +93,7 @@ class Section:
     findings: Sequence[Finding] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
+    internal: bool = False
 
 
 def write_report(
@@ -99,6 +106,7 @@ def write_report(
     subtitle: str = "",
     reasons: Iterable[str] = (),
     facts: Mapping[str, Any] | None = None,
+    public: bool = False,
 ) -> Path:
     """Write the report to `path`, whole or not at all, and return the path.
 
@@ -109,10 +117,14 @@ def write_report(
         sections: in the order they are read.
         reasons: sentences that explain the verdict.
         facts: name -> value for the foot of the page, e.g. commit, seed, machine, how many people.
+        public: the page is to leave the building; internal sections are refused.
 
     Raises:
-        InputError: an unknown verdict or kind of figure.
+        InputError: an unknown verdict or kind of figure. GateRefused: an internal section in a public page.
     """
+    shown_inside = [section.title for section in sections if section.internal]
+    if public and shown_inside:
+        raise GateRefused("a report without anything of real people", f"the section '{shown_inside[0]}'", "report")
     if verdict not in VERDICTS:
         raise InputError("a verdict", repr(verdict), "report", closest(verdict, list(VERDICTS)))
     headline, meaning = VERDICTS[verdict]
@@ -123,6 +135,8 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    laid_out = [_section(section, number) for number, section in enumerate(sections, 1)]
+    slider = SLIDER if any(figure["frames"] for part in laid_out for figure in part["figures"]) else ""
     page = environment.get_template("report.html.j2").render(
         title=title,
         subtitle=subtitle,
@@ -131,7 +145,10 @@ def write_report(
         meaning=meaning,
         reasons=list(reasons),
         tiles=[_row(finding) for finding in summary],
-        sections=[_section(section, number) for number, section in enumerate(sections, 1)],
+        sections=laid_out,
+        internal=bool(shown_inside),
+        slider=slider,
+        slider_hash=base64.b64encode(hashlib.sha256(slider.encode()).digest()).decode(),
         facts={**{"engine": __version__}, **{str(k): str(v) for k, v in (facts or {}).items()}},
     )
     write_text(path, page)
@@ -142,35 +159,44 @@ def audit_sections(result: AuditResult) -> list[Section]:
     """The audit as sections: the verdict's findings, the distance ratios, the controls. Nothing in them names a
     real row.
     """
-    shown = {name: result.figures["rho"]["shares"][name] for name in ("real, unseen", "synthetic")}
+    return sections_of_audit(result.to_json(), result.findings)
+
+
+def sections_of_audit(audit: Mapping[str, Any], findings: Sequence[Finding]) -> list[Section]:
+    """As `audit_sections`, of what audit.json holds."""
+    drawn = audit.get("figures", {})
     controls = Table(
         "Planted controls: sets whose right verdict is known beforehand",
         ("Control", "Rows", "Must be", "Was", "Flagged at 1 % or nearest", "Exact copies"),
         [
             (
-                control.name.replace("_", " "),
-                control.rows,
-                _WORDS[control.expected],
-                _WORDS[control.verdict],
-                _flagged(control.findings),
-                next((int(f.value) for f in control.findings if f.name == "exact_copies"), ""),
+                str(control["name"]).replace("_", " "),
+                control["rows"],
+                _WORDS[control["expected"]],
+                _WORDS[control["verdict"]],
+                _flagged(control.get("findings", [])),
+                next((int(f["value"]) for f in control.get("findings", []) if f["name"] == "exact_copies"), ""),
             )
-            for control in result.controls
+            for control in audit.get("controls", [])
         ],
     )
     sizes = Table(
         "People and rows on each side",
         ("Side", "People", "Rows"),
-        [(name, size["people"], size["rows"]) for name, size in result.sizes.items()],
+        [(name, size["people"], size["rows"]) for name, size in audit.get("sizes", {}).items()],
     )
+    rho = {}
+    if "rho" in drawn:
+        shown = {name: s for name, s in drawn["rho"]["shares"].items() if name in ("real, unseen", "synthetic")}
+        rho = {"rho": {**drawn["rho"], "shares": shown}}
     return [
         Section(
             "Copies of training data",
             "For every synthetic sample, the distance to the nearest training sample is set against the distance to "
             "the nearest unseen real sample. Unseen real people give the same figure at the same pool sizes, and so "
             "say how small it gets by chance.",
-            result.findings,
-            {"rho": {**result.figures["rho"], "shares": shown}},
+            findings,
+            rho,
             (sizes,),
         ),
         Section(
@@ -178,7 +204,7 @@ def audit_sections(result: AuditResult) -> list[Section]:
             "Sets of copies are planted in every run. An audit that lets its own copycat through, or that convicts "
             "fresh real people, has no verdict.",
             [],
-            {"roc": result.figures["roc"]},
+            {"roc": drawn["roc"]} if "roc" in drawn else {},
             (controls,),
         ),
     ]
@@ -235,12 +261,12 @@ def _row(finding: Finding) -> dict[str, str]:
     }
 
 
-def _flagged(findings: Sequence[Finding]) -> str:
-    shares = [f for f in findings if f.name.startswith("copy_share") and math.isfinite(f.value)]
+def _flagged(findings: Sequence[Mapping[str, Any]]) -> str:
+    shares = [f for f in findings if f["name"].startswith("copy_share") and f.get("value") is not None]
     if not shares:
         return ""
-    at_one = min(shares, key=lambda f: abs(f.detail["expected"] - 0.01))
-    return number(at_one.value, "share")
+    at_one = min(shares, key=lambda f: abs(f.get("detail", {}).get("expected", 0.01) - 0.01))
+    return number(at_one["value"], "share")
 
 
 def _section(section: Section, number_: int) -> dict[str, Any]:
@@ -252,10 +278,11 @@ def _section(section: Section, number_: int) -> dict[str, Any]:
         "rows": [_row(finding) for finding in section.findings],
         "figures": shown,
         "tables": section.tables,
+        "internal": section.internal,
     }
 
 
-def _figure(name: str, value: Any, prefix: str) -> dict[str, str]:
+def _figure(name: str, value: Any, prefix: str) -> dict[str, Any]:
     """Drawing, caption and the words that stand for it."""
     if isinstance(value, np.ndarray):
         value = {"kind": "montage", "tiles": value}
@@ -268,10 +295,17 @@ def _figure(name: str, value: Any, prefix: str) -> dict[str, str]:
         high, wide = tiles.shape[-2:]
         alt = f"{title or 'Montage'}: {math.prod(tiles.shape[:-2])} tiles, {high} by {wide} pixels"
         image = drawings.montage(tiles, columns=columns)
-        return {"title": title, "caption": caption, "alt": alt, "image": image, "svg": ""}
+        return {"id": prefix, "title": title, "caption": caption, "alt": alt, "image": image, "svg": "", "frames": []}
+    if kind == "slices":
+        frames = drawings.stack(value)
+        shown = {"title": title or "Slices", "caption": str(value.get("caption", "")), "alt": ""}
+        return {"id": prefix, **shown, "image": "", "svg": "", "frames": frames}
     if kind not in _DRAW:
         raise InputError(
-            "a known kind of figure", repr(kind), f"report figure '{name}'", closest(kind, [*_DRAW, "montage"])
+            "a known kind of figure",
+            repr(kind),
+            f"report figure '{name}'",
+            closest(kind, [*_DRAW, "montage", "slices"]),
         )
     draw, words = _DRAW[kind]
     caption = str(value.get("caption", words))
@@ -283,4 +317,4 @@ def _figure(name: str, value: Any, prefix: str) -> dict[str, str]:
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{prefix}-title" ', 1)
     opening = svg.index(">") + 1
     svg = f'{svg[:opening]}<title id="{prefix}-title">{escape(described)}</title>{svg[opening:]}'
-    return {"title": title, "caption": caption, "alt": described, "image": "", "svg": svg}
+    return {"id": prefix, "title": title, "caption": caption, "alt": described, "image": "", "svg": svg, "frames": []}
