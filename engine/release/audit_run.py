@@ -5,7 +5,7 @@ Here the two modalities meet the modality-blind audit: a panel is haplotypes as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,9 @@ import yaml
 
 from engine import provenance
 from engine.atomic import atomic_folder, atomic_path
-from engine.audit import AuditPolicy, AuditResult, Judge, Pool, audit, hash_files, write_audit
+from engine.audit import AuditPolicy, AuditResult, Finding, Judge, Pool, audit, hash_files, write_audit
+from engine.audit.controls import expected_verdict
+from engine.audit.copies import Scores
 from engine.audit.pools import check_alike
 from engine.audit.protocol import STAGES
 from engine.audit.store import check_sides, is_store, kind_in_words, read_people, read_store, with_people
@@ -132,11 +134,45 @@ def _one_by_one(paths: dict[str, Path], kinds: dict[str, str]) -> dict[str, Pool
     return pools
 
 
-def _named(pools: dict[str, Pool], table: Path) -> dict[str, Pool]:
-    """The pools with the persons and groups of a person table; refuses people on both sides, by their pairs."""
+def _named(pools: dict[str, Pool], judges: Sequence[Judge], table: Path) -> tuple[dict[str, Pool], list[Judge]]:
+    """Pools with the persons and groups of a person table, and judges that still see the ids they were made with.
+
+    Raises:
+        InputError: a person on both sides, with the pairs of ids.
+    """
     people = read_people(table)
     check_sides({side: pools[side].person for side in ("train", "holdout")}, people)
-    return {side: with_people(pool, people, side, required=side != "synthetic") for side, pool in pools.items()}
+    named = {side: with_people(pool, people, side, required=side != "synthetic") for side, pool in pools.items()}
+
+    def translated(judge: Judge) -> Judge:
+        def call(name: str, rows: Pool, scores: Scores) -> list[Finding]:
+            ids = pools["synthetic"].person if name == "synthetic" else rows.person
+            if expected_verdict(name) == "pass":  # a part of the holdout, in its order
+                ids = pools["holdout"].person[np.isin(named["holdout"].person, rows.person)]
+            return judge(name, replace(rows, person=ids), replace(scores, person_n=ids))
+
+        return call
+
+    return named, [translated(judge) for judge in judges]
+
+
+def _model_scores(
+    kind: str, model: Path, train: Path, holdout: Path, rules: AuditPolicy, seed: int
+) -> dict[str, tuple[Any, Any]]:
+    """Scores of training people and of unseen people by an attack that has the model, for `audit`.
+
+    Raises:
+        UsageError: the sides are stores, for which there is no such attack.
+    """
+    if kind == "genotypes":
+        from engine.genomics.membership import member_scores as likelihood_ratio
+        from engine.genomics.panel import read_panel
+
+        found = likelihood_ratio(
+            model, read_panel(train), read_panel(holdout), people=rules.membership_people, seed=seed
+        )
+        return {"model_likelihood": (found.member_s, found.nonmember_s)}
+    raise UsageError("panels beside --model", f"{kind}", "--model", "leave --model out")
 
 
 def audit_files(
@@ -210,7 +246,8 @@ def run_audit(
     audited = hash_files(synthetic)
     kind, pools, controls, judges = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
     if people is not None:
-        pools = _named(pools, Path(people))
+        pools, judges = _named(pools, judges, Path(people))
+    attacks = None if model is None else _model_scores(kind, Path(model), train, holdout, rules, seed)
     said = 0
 
     def tell(line: str) -> None:
@@ -228,6 +265,7 @@ def run_audit(
         seed=seed,
         progress=tell,
         judges=judges,
+        model_scores=attacks,
     )
     if progress is not None:
         progress(f"audit of {kind}", STAGES, STAGES)
