@@ -15,7 +15,7 @@ FLOORS = {
     "kernels": 1,
     "files": 2, "training": 2, "audit": 2,
     "imaging": 3, "genomics": 3,
-    "cohort": 4, "release": 4,
+    "cohort": 4, "release": 4, "benchmark": 4,
     "cli": 5, "demo": 5, "doctor": 5, "__main__": 5,
 }  # fmt: skip
 KERNEL_IMPORTS = {"torch", "numpy", "numba", "triton", "llvmlite", "engine", *sys.stdlib_module_names}

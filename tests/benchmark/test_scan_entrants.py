@@ -1,0 +1,81 @@
+"""Entrants and controls of scans on tiny volumes, and the score of what they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.benchmark.entrants import enter
+from engine.benchmark.entry import read_entry
+from engine.benchmark.scores import score
+from engine.errors import InputError
+from engine.imaging.commands import read_folder
+from engine.imaging.volume import read_volume, write_volume
+
+
+@pytest.fixture(scope="module")
+def entered(scan_sides, tmp_path_factory) -> Path:
+    track, sides = scan_sides
+    out = tmp_path_factory.mktemp("entries")
+    for name in ("ceiling", "copycat", "marginals", "monai_ldm"):
+        enter(track, name, sides, out / name, seed=0, budget_seconds=2)
+    return out
+
+
+def test_entries_of_scans(entered: Path, scan_sides) -> None:
+    for name in ("ceiling", "copycat", "marginals", "monai_ldm"):
+        read = read_entry(entered / name, "tinyscans")
+        volumes, people = read_folder(read.samples)
+        assert len(volumes) == len(set(people)) == 12
+        assert {v.shape_dhw for v in volumes} == {(16, 16, 16)}
+        assert all(v.array_cdhw.min() >= 0 and v.array_cdhw.max() <= 1000 for v in volumes)
+    ldm = json.loads((entered / "monai_ldm" / "entry.json").read_text())
+    assert 0 < ldm["training_seconds"] < 6
+    assert "steps of batch 2" in ldm["recipe"]
+
+
+def test_marginals_are_training_values_without_structure(entered: Path, scan_sides) -> None:
+    from engine.benchmark.sides import on_grid
+
+    track, sides = scan_sides
+    train = np.stack([v.array_cdhw for v in on_grid(read_folder(sides.side("train"))[0], track)])
+    made = np.stack([v.array_cdhw for v in read_folder(entered / "marginals" / "samples")[0]])
+    assert all(np.isclose(train, one, atol=0.02).any(axis=0).all() for one in made)
+    neighbours = lambda x: np.corrcoef(x[..., 7].ravel(), x[..., 8].ravel())[0, 1]  # noqa: E731
+    assert neighbours(made - train.mean(axis=0)) < 0.2 < neighbours(train - train.mean(axis=0))
+
+
+def test_scores_rank_the_controls(entered: Path, scan_sides) -> None:
+    track, sides = scan_sides
+    made = {name: score(track, sides, entered / name / "samples") for name in ("ceiling", "copycat", "marginals")}
+    by = {name: {f["name"]: f["value"] for f in s.findings} for name, s in made.items()}
+    assert by["marginals"]["frechet_shape"] > 3 * max(by["ceiling"]["frechet_shape"], by["copycat"]["frechet_shape"])
+    copies = {name: {f["name"]: f["value"] for f in s.audit["findings"]} for name, s in made.items()}
+    assert copies["copycat"]["copy_share_at_5_percent"] > 0.9
+    assert copies["ceiling"]["copy_share_at_5_percent"] < 0.4
+    assert made["ceiling"].n == {"train": 24, "test": 21, "fresh": 15, "samples": 12}
+    hashes = {s.extractor["sha256"] for s in made.values() if s.extractor}
+    assert len(hashes) == 1  # one extractor for all, whatever is judged
+
+
+def test_unusable_scans_are_refused(entered: Path, scan_sides, tmp_path: Path) -> None:
+    import shutil
+
+    track, sides = scan_sides
+    shutil.copytree(entered / "ceiling" / "samples", tmp_path / "samples")
+    one = sorted((tmp_path / "samples").glob("*.nii.gz"))[0]
+    volume = read_volume(one)
+    from dataclasses import replace
+
+    write_volume(replace(volume, affine=np.diag([3.0, 2, 2, 1])), one)
+    with pytest.raises(InputError, match="voxels of"):
+        score(track, sides, tmp_path / "samples")
+    write_volume(replace(volume, array_cdhw=volume.array_cdhw[:, :12]), one)
+    with pytest.raises(InputError, match="voxels of"):
+        score(track, sides, tmp_path / "samples")
+    one.unlink()
+    with pytest.raises(InputError):
+        score(track, sides, tmp_path / "samples")
