@@ -19,12 +19,12 @@ from engine.genomics.relatedness import (
     close_pairs,
     genotypes_of_haplotypes,
     genotypes_of_panel,
-    identical_pairs,
     kinship,
     kinship_tiles,
     largest_kinship,
     related_pairs,
     resolution,
+    same_people,
 )
 
 
@@ -183,17 +183,25 @@ def test_what_the_sites_resolve():
     assert len(resolution(panel_from_alleles(chance(50, 150), np.arange(50) + 1, "chrX", near.samples.ids)).site_l) == 0
 
 
-def test_equal_genotypes_are_found():
-    alleles = family(np.random.default_rng(5), 90, 4)
-    swapped = alleles.copy()
-    swapped[:, [10, 11]] = swapped[:, [11, 10]]  # phase does not matter
-    panel = people_of(swapped)
+def test_one_person_under_two_ids():
+    rng = np.random.default_rng(5)
+    alleles = family(rng, 2000, 40)
+    alleles[:, [10, 11]] = alleles[:, [11, 10]]  # phase does not matter
+    alleles[7:17, 10] ^= 1  # genotyping errs at ten sites
+    panel = people_of(alleles)
     whole = genotypes_of_panel(panel)
-    assert identical_pairs(whole) == [(2, 5)]
-    other = genotypes_of_panel(panel.select(samples=[7, 5, 0]))
-    assert sorted(identical_pairs(whole, other)) == [(0, 2), (2, 1), (5, 1), (7, 0)]
-    alleles[3, 10] ^= 1
-    assert identical_pairs(genotypes_of_panel(people_of(alleles))) == []
+    assert same_people(whole)[0] == [(2, 5)]
+    pairs, allowed = same_people(whole, genotypes_of_panel(panel.select(samples=[7, 20, 0])))
+    assert sorted(pairs) == [(0, 2), (7, 0), (20, 1)]
+    assert 10 <= allowed < 100
+    alleles[:, 10] ^= (rng.random(2000) < 0.2).astype(np.uint8)  # a brother, not a twin
+    assert same_people(genotypes_of_panel(people_of(alleles)))[0] == []
+    lost = alleles.copy()
+    lost[rng.random(lost.shape) < 0.02] = 255
+    assert same_people(genotypes_of_panel(people_of(lost)), genotypes_of_panel(people_of(alleles[:, :2])))[0] == [
+        (0, 0)
+    ]
+    assert same_people(genotypes_of_panel(people_of(alleles[:, :2]))) == ([], 0)
 
 
 def test_haploid_people_are_refused():

@@ -1,0 +1,132 @@
+"""Membership by the model: does a person's genome look more likely to the fitted model than to one that never saw them?
+
+A person's score is the log-likelihood of their haplotypes under the attacked copying model less that under a reference model
+of the same class and settings, fitted to people who were not in training (Carlini et al., "Membership inference attacks from
+first principles", 2022, with one reference in place of shadow models; the likelihood ratio is the best test there is for two
+known models). Higher is more member-like. Nothing is trained but the reference, and the threshold comes from non-members.
+
+Who can do this:
+
+- **with the run folder**: the attacker has the reference panel itself, so that the score only shows how a copying model that
+  contains a haplotype rewards it. This is the worst case, and the reason why a run folder must not leave.
+  `leave_one_out` scores training people without their own haplotypes: what relatives and the choice of settings give away.
+- **with samples only**: the attacker fits the same class to the synthetic panel and uses that as the attacked model. This is
+  what a release gives away: pass `fit(synthetic_panel, config)`.
+
+Verdicts are left to `engine.audit.membership`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import seeding
+from engine.audit.findings import Finding
+from engine.audit.membership import membership
+from engine.audit.policy import AuditPolicy
+from engine.errors import InputError
+from engine.genomics import li_stephens
+from engine.genomics.li_stephens import LiStephens
+from engine.genomics.matching import common_sites
+from engine.genomics.panel import HaplotypePanel
+from engine.kernels import bits
+
+
+@dataclass(frozen=True)
+class MemberScores:
+    """Log-likelihood ratios, nats per person: member_s of training people, nonmember_s of unseen ones."""
+
+    member_s: NDArray[np.float64]
+    nonmember_s: NDArray[np.float64]
+
+
+def member_scores(
+    run: str | Path | LiStephens,
+    train: HaplotypePanel,
+    holdout: HaplotypePanel,
+    *,
+    reference: Literal["copying", "independent"] = "copying",
+    leave_one_out: bool = False,
+    people: int = 2000,
+    seed: int = 0,
+) -> MemberScores:
+    """Score training people and unseen people under the model of a run against a reference.
+
+    Args:
+        run: a run folder or a model: the one that was trained, or one fitted to synthetic people.
+        train, holdout: phased panels of the model's sites. A random half of the holdout is the reference, the other half
+            are the non-members.
+        reference: "copying" fits the model's class and settings to the reference half; "independent" takes sites as
+            independent with the frequencies of that half.
+        leave_one_out: training people are scored without their own haplotypes; the model must be the one fitted to them.
+        people: at most so many of each side, drawn at random.
+        seed: of the draws.
+
+    Raises:
+        InputError: other sites, unphased panels, or fewer than 4 people in the holdout.
+    """
+    model = run if isinstance(run, LiStephens) else li_stephens.load(run)
+    if holdout.n_samples < 4:
+        raise InputError("at least 4 holdout people", str(holdout.n_samples), "member_scores", "a larger holdout")
+    rng = seeding.generator(seed, "genomics.membership")
+    order = rng.permutation(holdout.n_samples)
+    half = len(order) // 2
+    known = holdout.select(samples=np.sort(order[:half]))
+    sides = (
+        train.select(samples=np.sort(rng.permutation(train.n_samples)[:people])),
+        holdout.select(samples=np.sort(order[half:][:people])),
+    )
+    score = _copying(model, known) if reference == "copying" else _independent(model, known)
+    scores = []
+    for panel, mine in zip(sides, (leave_one_out, False), strict=True):
+        nats_n = model.log_likelihood(panel, leave_one_out=mine) - score(panel)
+        scores.append(np.add.reduceat(nats_n, panel.samples.first_haplotype[:-1]))
+    return MemberScores(scores[0], scores[1])
+
+
+def model_membership(
+    run: str | Path | LiStephens,
+    train: HaplotypePanel,
+    holdout: HaplotypePanel,
+    *,
+    policy: AuditPolicy | None = None,
+    name: str = "model_likelihood",
+    seed: int = 0,
+) -> list[Finding]:
+    """Findings on `member_scores`: area under the ROC and true-positive rates, where there are the people for them."""
+    policy = policy or AuditPolicy()
+    scores = member_scores(run, train, holdout, people=policy.membership_people, seed=seed)
+    return membership(
+        scores.member_s, scores.nonmember_s, policy=policy, name=name, calibrated_on="half of the holdout",
+        note="likelihood ratio against a model of the other half",
+    )[0]  # fmt: skip
+
+
+def _copying(model: LiStephens, known: HaplotypePanel):  # type: ignore[no-untyped-def]
+    """Scores under the model's class and settings over other people, at the model's sites and genetic distances."""
+    _, known_l = common_sites({"model": model.sites, "holdout": known.sites})
+    known = replace(known.select(sites=known_l), sites=model.sites)
+    settings = model.config.model_copy(update={"group_ne": {}, "per_group": False})
+    other = li_stephens.fit(known, settings)
+    # whatever map the attacked model had, the reference has the same
+    return replace(other, distance_l=model.distance_l, mismatch_l=model.mismatch_l).log_likelihood
+
+
+def _independent(model: LiStephens, known: HaplotypePanel):  # type: ignore[no-untyped-def]
+    """Scores under independent sites with the frequencies of other people."""
+    _, known_l = common_sites({"model": model.sites, "holdout": known.sites})
+    count_l = bits.popcount_rows(np.ascontiguousarray(known.bits_lw[known_l]))
+    alt_l = (count_l + 0.5) / (known.n_haplotypes + 1)
+
+    def score(panel: HaplotypePanel) -> NDArray[np.float64]:
+        _, panel_l = common_sites({"model": model.sites, "panel": panel.sites})
+        alleles_nl = panel.select(sites=panel_l).alleles_nl()
+        at_nl = np.where(alleles_nl == 1, np.log(alt_l), np.log1p(-alt_l))
+        return np.where(alleles_nl == 255, 0.0, at_nl).sum(axis=1)
+
+    return score
