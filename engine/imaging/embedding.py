@@ -2,8 +2,9 @@
 
 A volume is standardised, reduced to two coarse grids, and each grid is centred and scaled to unit length. On unit
 vectors the squared Euclidean distance is 2 (1 - correlation), so nearest neighbours by L2 are those of highest
-correlation. `transforms` makes the turned and mirrored copies that the audit plants; `ncc` confirms a candidate at
-full resolution.
+correlation. `views` gives the features of the mirrored and slightly turned volume, in which a query is searched too;
+`transforms` makes the turned and mirrored copies that the audit plants. Candidates are confirmed at full resolution by
+`similarity`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
+from torch import Tensor
 
 from engine import seeding
 from engine.errors import InputError
+from engine.imaging.similarity import coarser, extent_mm, move, turn
 from engine.imaging.volume import Volume
 
 GRIDS = ((8, 8, 8), (16, 16, 16))
 DIMENSIONS = sum(int(np.prod(grid)) for grid in GRIDS)
+TURN_DEGREES = 10.0  # of the turned views: copies turned by up to 12 degrees are then found (docs/imaging.md)
+VIEWS = 13  # mirrored; and both turned either way about each axis
+_TURNED_FROM = 32  # voxels per axis: turning happens on this coarser version, twice as fine as the finer grid
 
 
 def embed(volumes: Sequence[Volume]) -> np.ndarray:
@@ -35,20 +40,48 @@ def embed(volumes: Sequence[Volume]) -> np.ndarray:
     """
     if not volumes:
         return np.zeros((0, DIMENSIONS), dtype=np.float32)
-    return np.stack([_features(volume.array_cdhw.mean(axis=0), position) for position, volume in enumerate(volumes)])
+    return np.concatenate([_features(_image(volume, k)[None]) for k, volume in enumerate(volumes)])
 
 
-def _features(array_dhw: np.ndarray, position: int) -> np.ndarray:
-    if not np.isfinite(array_dhw).all():
+def views(volumes: Sequence[Volume]) -> np.ndarray:
+    """Features of every volume mirrored along its first axis, and of both turned by 10 degrees either way about each
+    axis: float32 (13, n, 4608), rows as `embed` gives them.
+
+    Raises:
+        InputError: a volume holds a value that is not finite.
+    """
+    turns = []
+    for axis in range(3):
+        for sign in (-1.0, 1.0):
+            degrees = [0.0, 0.0, 0.0]
+            degrees[axis] = sign * TURN_DEGREES
+            turns.append(turn(degrees))
+    made = np.empty((VIEWS, len(volumes), DIMENSIONS), dtype=np.float32)
+    for k, volume in enumerate(volumes):
+        image = _image(volume, k)
+        made[0, k] = _features(image.flip(0)[None])[0]
+        coarse = coarser(image[None, None], [min(n, _TURNED_FROM) for n in image.shape])[0, 0]
+        for first, side in ((1, coarse), (7, coarse.flip(0))):
+            turned, _ = move(side, extent_mm(volume), torch.stack(turns))
+            made[first : first + 6, k] = _features(turned)
+    return made
+
+
+def _image(volume: Volume, position: int) -> Tensor:
+    if not np.isfinite(volume.array_cdhw).all():
         raise InputError("finite intensities", "NaN or infinity", f"volume {position}")
-    x = torch.from_numpy(np.ascontiguousarray(array_dhw, dtype=np.float32))[None, None]
+    return torch.from_numpy(np.ascontiguousarray(volume.array_cdhw.mean(axis=0, dtype=np.float32)))
+
+
+def _features(image_bdhw: Tensor) -> np.ndarray:
     parts = []
+    least = 1e-6 * image_bdhw.flatten(1).abs().amax(dim=1, keepdim=True).double().clamp(min=1.0)
     for grid in GRIDS:
-        coarse = F.adaptive_avg_pool3d(x, grid).flatten().double()
-        coarse = coarse - coarse.mean()
-        norm = float(coarse.norm())
-        parts.append(coarse / norm if norm > 1e-6 * max(1.0, float(x.abs().max())) else torch.zeros_like(coarse))
-    return (torch.cat(parts) / np.sqrt(len(GRIDS))).numpy().astype(np.float32)
+        coarse = coarser(image_bdhw[:, None], grid).flatten(1).double()
+        coarse = coarse - coarse.mean(dim=1, keepdim=True)
+        norm = coarse.norm(dim=1, keepdim=True)
+        parts.append(torch.where(norm > least, coarse / norm.clamp(min=1e-30), torch.zeros_like(coarse)))
+    return (torch.cat(parts, dim=1) / np.sqrt(len(GRIDS))).numpy().astype(np.float32)
 
 
 def transforms(volume: Volume) -> dict[str, Volume]:
@@ -68,31 +101,3 @@ def transforms(volume: Volume) -> dict[str, Volume]:
         "gamma": low + (np.ptp(array) or 1.0) * ((array - low) / (np.ptp(array) or 1.0)) ** 0.8,
     }
     return {name: replace(volume, array_cdhw=np.ascontiguousarray(a, dtype=np.float32)) for name, a in made.items()}
-
-
-def ncc(a: Volume, b: Volume) -> float:
-    """Normalised cross-correlation of two volumes of one shape, -1 .. 1; 0 where one is constant.
-
-    Raises:
-        InputError: the shapes differ.
-    """
-    if a.array_cdhw.shape != b.array_cdhw.shape:
-        raise InputError(f"two volumes of shape {a.array_cdhw.shape}", f"{b.array_cdhw.shape}", "ncc")
-    x, y = (v.array_cdhw.astype(np.float64).ravel() for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / norm if norm > 0 else 0.0
-
-
-def confirm(a: Volume, b: Volume) -> tuple[float, str]:
-    """Highest NCC between `a` and `b` over mirroring and turns of up to 10 degrees about each axis: (value, which)."""
-    best, name = ncc(a, b), "as it is"
-    for mirrored in (False, True):
-        array = b.array_cdhw[:, ::-1] if mirrored else b.array_cdhw
-        for axes in ((1, 2), (1, 3), (2, 3)):
-            for degrees in (-10.0, -5.0, 0.0, 5.0, 10.0):
-                turned = ndimage.rotate(array, degrees, axes=axes, reshape=False, order=1, mode="nearest")
-                value = ncc(a, replace(b, array_cdhw=np.ascontiguousarray(turned, dtype=np.float32)))
-                if value > best:
-                    best, name = value, f"{'mirrored, ' if mirrored else ''}turned {degrees:g} degrees about {axes}"
-    return best, name

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from engine import seeding
 from engine.errors import InputError
-from engine.imaging.embedding import DIMENSIONS, confirm, embed, ncc, transforms
+from engine.imaging.embedding import DIMENSIONS, VIEWS, embed, transforms, views
 from engine.imaging.volume import Volume
 
 
@@ -56,18 +56,33 @@ def test_transforms_are_the_same_every_time():
 def test_a_constant_volume_gives_zeros_and_nan_is_refused():
     flat = replace(smooth(0), array_cdhw=np.full((1, 20, 24, 18), 5.0, dtype=np.float32))
     assert (embed([flat]) == 0).all()
-    assert ncc(flat, smooth(0)) == 0.0
+    assert (views([flat]) == 0).all()
     broken = replace(smooth(0), array_cdhw=np.full((1, 20, 24, 18), np.nan, dtype=np.float32))
     with pytest.raises(InputError, match="volume 0"):
         embed([broken])
 
 
-def test_ncc_is_correlation_and_confirm_undoes_a_mirror():
-    a, b = smooth(0), smooth(1)
-    assert ncc(a, b) == pytest.approx(np.corrcoef(a.array_cdhw.ravel(), b.array_cdhw.ravel())[0, 1], abs=1e-6)
-    value, how = confirm(a, transforms(a)["flipped"])
-    assert value > 0.999
-    assert "mirrored" in how
-    assert confirm(a, b)[0] < 0.6
-    with pytest.raises(InputError, match="shape"):
-        ncc(a, replace(a, array_cdhw=a.array_cdhw[:, :-1]))
+def test_views_are_the_mirrored_and_turned_volume():
+    """The first view is the mirror; a volume turned by 10 degrees has a view that brings it back to its source."""
+    volume = smooth(3)
+    made = views([volume, smooth(4)])
+    assert made.shape == (VIEWS, 2, DIMENSIONS)
+    mirrored = replace(volume, array_cdhw=np.ascontiguousarray(volume.array_cdhw[:, ::-1]))
+    assert np.array_equal(made[0, :1], embed([mirrored]))
+    for axes in ((0, 1), (0, 2), (1, 2)):
+        array = ndimage.rotate(volume.array_cdhw[0], 10.0, axes=axes, reshape=False, order=1, mode="nearest")
+        turned = replace(volume, array_cdhw=array[None])
+        plain = np.linalg.norm(embed([turned]) - embed([volume]))
+        best = np.linalg.norm(views([turned])[:, 0] - embed([volume]), axis=1)
+        assert best.min() < 0.6 * plain
+        assert best.argmin() in range(1, 7)  # turned without the mirror
+
+
+def test_views_of_a_turned_mirrored_copy_find_its_source():
+    database = [smooth(k) for k in range(12)]
+    features = embed(database)
+    array = ndimage.rotate(database[5].array_cdhw[0], 10.0, axes=(0, 1), reshape=False, order=1, mode="nearest")
+    copy = replace(database[5], array_cdhw=np.ascontiguousarray(array[None, ::-1]))
+    distance = np.linalg.norm(views([copy])[:, 0, None] - features[None], axis=2)
+    assert np.unravel_index(distance.argmin(), distance.shape)[1] == 5
+    assert distance.argmin() // len(database) in range(7, 13)
