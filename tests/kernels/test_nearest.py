@@ -47,6 +47,11 @@ def compiled():
     nearest.hamming_range(rows, rows, 1)
     nearest.longest_run(rows, rows, 5, np.arange(5))
     nearest.ibs_topk((rows, rows, rows), (rows, rows, rows), 5, 1)
+    with pytest.MonkeyPatch.context() as patch:  # columns of a wider matrix
+        rows_and_tiles(patch)
+        rows = pack(draw(65, 5))
+        nearest.hamming_cross(rows, rows)
+        nearest.ibs_cross((rows, rows, rows), (rows, rows, rows), 5)
 
 
 @pytest.fixture
@@ -93,6 +98,23 @@ def test_hamming_counts_more_words_than_are_counted_at_once():
     rng = np.random.default_rng(5)
     query, database = (rng.integers(0, 2**64, (rows, 2050), dtype=np.uint64) for rows in (3, 35))
     same(nearest.hamming_cross(query, database), nearest.hamming_cross(query, database, implementation="reference"))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("small_tiles", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 65, 101, 161])
+def test_a_set_against_itself(rows, small_tiles, monkeypatch):
+    """Half of the pairs are counted; the other half, and tiles below the diagonal, are their mirror."""
+    if small_tiles:
+        rows_and_tiles(monkeypatch)
+    haplotypes, (dosages, seen) = draw(rows, 131, 1), people(rows, 131, 2)
+    packed, distance, shared = pack(haplotypes), *ibs_by_hand(dosages, seen, dosages, seen)
+    same(nearest.hamming_cross(packed, packed), hamming_by_hand(haplotypes, haplotypes))
+    same(nearest.hamming_cross(packed, packed[:]), hamming_by_hand(haplotypes, haplotypes))
+    planes = genotype_planes(dosages, seen)
+    same(nearest.ibs_cross(planes, planes, 131), (distance, shared))
+    whole = genotype_planes(dosages)
+    same(nearest.ibs_cross(planes, whole, 131), ibs_by_hand(dosages, seen, dosages, seen | True))
 
 
 @pytest.mark.usefixtures("poisoned")

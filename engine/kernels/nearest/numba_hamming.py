@@ -50,7 +50,7 @@ class _Set(NamedTuple):
 
 def hamming_cross(query_nw: Any, database_mw: Any) -> np.ndarray:
     """int32 (N, M): number of differing bits."""
-    return _cross(_bits(query_nw), _bits(database_mw), False)[0]
+    return _cross(_bits(query_nw), _bits(database_mw), False, _one((query_nw,), (database_mw,)))[0]
 
 
 def hamming_topk(
@@ -74,7 +74,7 @@ def hamming_range(
 def ibs_cross(query: Planes, database: Planes, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Distance and sites, int32 (N, M)."""
     observed = query[2] is not None or database[2] is not None
-    distance, sites = _cross(*_genotypes(query, database, length), observed)
+    distance, sites = _cross(*_genotypes(query, database, length), observed, _one(query, database))
     return distance, sites if observed else np.full_like(distance, length)
 
 
@@ -128,15 +128,32 @@ def _genotypes(query: Planes, database: Planes, length: int) -> tuple[_Set, _Set
     return of(query), of(database)
 
 
-def _cross(query: _Set, database: _Set, observed: bool) -> tuple[np.ndarray, np.ndarray]:
+def _one(query: tuple[Any, ...], database: tuple[Any, ...]) -> bool:
+    """Whether both sides are the same arrays, so that half of the pairs give all."""
+
+    def place(x: Any) -> Any:
+        return id(x) if not isinstance(x, np.ndarray) else (x.ctypes.data, x.shape, x.strides)
+
+    return [place(x) for x in query] == [place(x) for x in database]
+
+
+def _cross(query: _Set, database: _Set, observed: bool, one: bool) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (N, M) twice: distances, and where `observed` sites. one: of a set with itself."""
     out = np.empty((query.length, database.length), dtype=np.int32)
     sites = np.empty(out.shape if observed else (0, 0), dtype=np.int32)
-    for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK) if out.size else ():
+    made = (out, sites) if observed else (out,)
+    most_bytes = _DATABASE_BYTES if one else _QUERY_BYTES
+    for part in tiles(query.length, query.row_bytes, most_bytes, BLOCK) if out.size else ():
         packed = query.read(part)
         for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
-            _cross_tile(
-                packed, database.read(tile), observed, out[part, tile], sites[part, tile] if observed else sites
-            )
+            if one and tile.start < part.start:
+                continue
+            diagonal = one and tile.start == part.start
+            other = packed if diagonal else database.read(tile)
+            _cross_tile(packed, other, observed, out[part, tile], sites[part, tile] if observed else sites, diagonal)
+            if one and not diagonal:
+                for x in made:
+                    x[tile, part] = x[part, tile].T
     return out, sites
 
 
@@ -214,26 +231,46 @@ def _ranks(
 
 
 @numba.njit(cache=True, nogil=True)
-def _cross_row(query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, i: int) -> None:
+def _cross_row(
+    query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool, i: int
+) -> None:
+    """Query block i against all, or on the diagonal against those from i on, which are written to both halves."""
     rank, counts, sites = (
         np.empty(BLOCK * BLOCK, dtype=np.int32),
         np.empty(BLOCK * BLOCK, dtype=np.int32),
         np.empty(BLOCK * BLOCK, dtype=np.int32),
     )
-    for j in range(database[0].shape[0]):
+    for j in range(i if diagonal else 0, database[0].shape[0]):
         _ranks(query, i, database, j, observed, counts, sites, rank)
-        for r in range(min(BLOCK, out.shape[0] - i * BLOCK)):
-            for c in range(min(BLOCK, out.shape[1] - j * BLOCK)):
-                at = r * BLOCK + c
-                out[i * BLOCK + r, j * BLOCK + c] = counts[at] if observed else rank[at]
-                if observed:
-                    sites_nm[i * BLOCK + r, j * BLOCK + c] = sites[at]
+        _place(counts if observed else rank, out, i, j, diagonal)
+        if observed:
+            _place(sites, sites_nm, i, j, diagonal)
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(tile: np.ndarray, out: np.ndarray, i: int, j: int, both: bool) -> None:
+    """The tile into its place and, where wanted, turned into its mirror's."""
+    rows, columns = min(BLOCK, out.shape[0] - i * BLOCK), min(BLOCK, out.shape[1] - j * BLOCK)
+    for r in range(rows):
+        row = out[i * BLOCK + r, j * BLOCK : j * BLOCK + columns]
+        for c in range(columns):
+            row[c] = tile[r * BLOCK + c]
+    if both and i != j:
+        for c in range(columns):
+            row = out[j * BLOCK + c, i * BLOCK : i * BLOCK + rows]
+            for r in range(rows):
+                row[r] = tile[r * BLOCK + c]
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _cross_tile(query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray) -> None:
-    for i in numba.prange(query[0].shape[0]):
-        _cross_row(query, database, observed, out, sites_nm, i)
+def _cross_tile(
+    query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool
+) -> None:
+    blocks = query[0].shape[0]
+    for h in numba.prange((blocks + 1) // 2):  # a long row and a short one: on the diagonal their work is even
+        _cross_row(query, database, observed, out, sites_nm, diagonal, h)
+        if h != blocks - 1 - h:
+            _cross_row(query, database, observed, out, sites_nm, diagonal, blocks - 1 - h)
 
 
 @numba.njit(cache=True, nogil=True)
