@@ -104,15 +104,7 @@ def local_ncc(a_dhw: NDArray, b_dhw: NDArray, mask_dhw: NDArray | None = None, w
         InputError: the shapes differ. UsageError: an even window.
     """
     _check_shapes(a_dhw, b_dhw, mask_dhw)
-    moments = _moments(a_dhw, b_dhw, window)
-    whole_dhw = _whole_windows(np.shape(a_dhw), mask_dhw, window)
-    if not whole_dhw.any():
-        return math.nan
-    _, _, var_a, var_b, cov = (m[whole_dhw] for m in moments)
-    flat_a, flat_b = ((_FLAT * np.abs(np.asarray(x, np.float64)).max()) ** 2 for x in (a_dhw, b_dhw))
-    structured = (var_a > flat_a) & (var_b > flat_b)
-    value = np.where(structured, cov / np.sqrt(np.where(structured, var_a * var_b, 1.0)), 0.0)
-    return float(np.clip(value, -1.0, 1.0).mean())
+    return _local_ncc(_moments(a_dhw, b_dhw, mask_dhw, window), a_dhw, b_dhw)
 
 
 def ssim(
@@ -135,17 +127,8 @@ def ssim(
     Source: Wang, Bovik, Sheikh and Simoncelli, IEEE Transactions on Image Processing 13 (2004), equation 13.
     """
     _check_shapes(a_dhw, b_dhw, mask_dhw)
-    mean_a, mean_b, var_a, var_b, cov = _moments(a_dhw, b_dhw, window)
-    whole_dhw = _whole_windows(np.shape(a_dhw), mask_dhw, window)
-    if not whole_dhw.any():
-        return math.nan
     span = float(np.ptp(a_dhw)) if data_range is None else data_range
-    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
-    sample = window**3 / (window**3 - 1)
-    top = (2 * mean_a * mean_b + c1) * (2 * sample * cov + c2)
-    bottom = (mean_a**2 + mean_b**2 + c1) * (sample * (var_a + var_b) + c2)
-    ratio = np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), 1.0)
-    return float(ratio[whole_dhw].mean())
+    return _ssim(_moments(a_dhw, b_dhw, mask_dhw, window), span, window)
 
 
 def similarity(fixed: Volume, moving: Volume, *, motion: Motion = "rigid", mirror: bool = True) -> Similarity:
@@ -161,7 +144,11 @@ def similarity(fixed: Volume, moving: Volume, *, motion: Motion = "rigid", mirro
     a = _single(fixed)
     b, inside = moved(moving, found)
     gain, offset = _linear_fit(b[inside], a[inside])
-    return Similarity(ncc(a, b, inside), local_ncc(a, b, inside), ssim(a, gain * b + offset, inside), found)
+    fitted = gain * b + offset
+    moments = _moments(a, fitted, inside, SSIM_WINDOW)
+    return Similarity(
+        ncc(a, b, inside), _local_ncc(moments, a, fitted), _ssim(moments, float(np.ptp(a)), SSIM_WINDOW), found
+    )
 
 
 def register(fixed: Volume, moving: Volume, *, motion: Motion = "rigid", mirror: bool = True) -> Registration:
@@ -263,32 +250,44 @@ def _single(volume: Volume) -> NDArray[np.float32]:
     return array
 
 
-def _moments(a_dhw: NDArray, b_dhw: NDArray, window: int) -> list[NDArray[np.float64]]:
-    """Window means of both, their population variances and covariance, about the grand means for the digits' sake."""
+def _moments(a_dhw: NDArray, b_dhw: NDArray, mask_dhw: NDArray | None, window: int) -> list[NDArray[np.float64]]:
+    """Means of both, their population variances and covariance within every cube of `window` voxels that lies wholly in
+    the volume and in the mask, each (cubes,)."""
     if window < 3 or window % 2 == 0:
         raise UsageError("an odd window of 3 or more voxels", str(window), "similarity")
+    mask = np.ones(np.shape(a_dhw), bool) if mask_dhw is None else np.asarray(mask_dhw, bool)
+    whole_dhw = ndimage.minimum_filter(mask, window, mode="constant", cval=0)
     a, b = np.asarray(a_dhw, np.float64), np.asarray(b_dhw, np.float64)
     centre_a, centre_b = a.mean(), b.mean()
-    a, b = a - centre_a, b - centre_b
+    a, b = a - centre_a, b - centre_b  # for the digits' sake
 
-    def flat(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return ndimage.uniform_filter(x, window, mode="nearest")
+    def mean(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ndimage.uniform_filter(x, window, mode="nearest")[whole_dhw]
 
-    mean_a, mean_b = flat(a), flat(b)
-    var_a, var_b = flat(a * a) - mean_a**2, flat(b * b) - mean_b**2
-    return [
-        mean_a + centre_a,
-        mean_b + centre_b,
-        np.maximum(var_a, 0),
-        np.maximum(var_b, 0),
-        flat(a * b) - mean_a * mean_b,
-    ]
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = np.maximum(mean(a * a) - mean_a**2, 0), np.maximum(mean(b * b) - mean_b**2, 0)
+    return [mean_a + centre_a, mean_b + centre_b, var_a, var_b, mean(a * b) - mean_a * mean_b]
 
 
-def _whole_windows(shape: tuple[int, ...], mask_dhw: NDArray | None, window: int) -> NDArray[np.bool_]:
-    """Centres of windows that lie wholly inside the volume and the mask."""
-    mask = np.ones(shape, bool) if mask_dhw is None else np.asarray(mask_dhw, bool)
-    return ndimage.minimum_filter(mask, window, mode="constant", cval=0)
+def _local_ncc(moments: list[NDArray[np.float64]], a_dhw: NDArray, b_dhw: NDArray) -> float:
+    _, _, var_a, var_b, cov = moments
+    if len(cov) == 0:
+        return math.nan
+    flat_a, flat_b = ((_FLAT * float(np.abs(x).max())) ** 2 for x in (a_dhw, b_dhw))
+    structured = (var_a > flat_a) & (var_b > flat_b)
+    value = np.where(structured, cov / np.sqrt(np.where(structured, var_a * var_b, 1.0)), 0.0)
+    return float(np.clip(value, -1.0, 1.0).mean())
+
+
+def _ssim(moments: list[NDArray[np.float64]], span: float, window: int) -> float:
+    mean_a, mean_b, var_a, var_b, cov = moments
+    if len(cov) == 0:
+        return math.nan
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    sample = window**3 / (window**3 - 1)
+    top = (2 * mean_a * mean_b + c1) * (2 * sample * cov + c2)
+    bottom = (mean_a**2 + mean_b**2 + c1) * (sample * (var_a + var_b) + c2)
+    return float(np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), 1.0).mean())
 
 
 def _linear_fit(x_n: NDArray, y_n: NDArray) -> tuple[float, float]:
@@ -297,7 +296,8 @@ def _linear_fit(x_n: NDArray, y_n: NDArray) -> tuple[float, float]:
     if len(x) == 0:
         return 1.0, 0.0
     spread = x.var()
-    gain = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread)) if spread > 0 else 0.0
+    flat = spread <= (_FLAT * np.abs(x).max()) ** 2
+    gain = 0.0 if flat else max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread))
     return gain, float(y.mean() - gain * x.mean())
 
 
