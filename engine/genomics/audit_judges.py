@@ -29,12 +29,12 @@ from scipy import stats
 from engine.audit.controls import expected_verdict
 from engine.audit.copies import Null, Scores
 from engine.audit.findings import Finding, Verdict
+from engine.audit.gates import Judge
 from engine.audit.intervals import clopper_pearson, conformal_p, people_needed, person_weights
 from engine.audit.judge import copy_share
 from engine.audit.membership import membership
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
-from engine.audit.protocol import Judge
 from engine.genomics.attacks import frequency_attack
 from engine.genomics.relatedness import THRESHOLDS, Resolution, genotypes_of_haplotypes, largest_kinship
 from engine.kernels import nearest
@@ -185,8 +185,9 @@ def window_judge(train: Pool, holdout: Pool, contig_l: NDArray, policy: AuditPol
     """Rows that are near to training rows in more windows than unseen people are.
 
     A window is as long as the longest stretch that half of the unseen people share with a training person: within it to
-    equal somebody is the exception. The statistic of a row is the mean over the windows of log d(holdout) - log d(training),
-    d the distance to the nearest row there plus half a site; holdout less one person for rows and null alike.
+    equal somebody is the exception. The statistic of a row, suspicious when small, is the mean over the windows of
+    log d(training) - log d(holdout), with d the distance to the nearest row there plus half a site; holdout less one
+    person for rows and null alike.
     """
     people, code_n = np.unique(holdout.person, return_inverse=True)
     if len(people) < people_needed(max(policy.levels)):
@@ -218,7 +219,7 @@ def window_judge(train: Pool, holdout: Pool, contig_l: NDArray, policy: AuditPol
         p_n = conformal_p(null.scores.statistic_nc, value_n, weight_n)
         findings = []
         for level in policy.levels:
-            found = copy_share(null, p_n, rows.person, None, level, policy)
+            found = copy_share(null, p_n, rows.person, rows.group, level, policy)
             findings.append(
                 replace(
                     found, name=f"window_{found.name}",
@@ -269,7 +270,7 @@ def private_judge(train: Pool, holdout: Pool, policy: AuditPolicy, seed: int) ->
             once_w |= carried_w
         owned.append(alt_pw & (once_w & ~more_w))
     private_p = sum(np.bitwise_count(plane).sum(axis=1, dtype=np.int64) for plane in owned).astype(np.float64)
-    label = np.zeros((_RELABELLINGS, len(private_p)))
+    label = np.zeros((_RELABELLINGS, len(private_p)), dtype=np.float32)
     label[:, :members] = 1
     label = generator(seed, "genomics.judge.private").permuted(label, axis=1)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.audit.copies import Scores
 from engine.audit.findings import Finding
+from engine.audit.gates import Judge
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
-from engine.audit.protocol import Judge
 from engine.errors import InputError
 from engine.genomics.audit_judges import genotype_judges
 from engine.genomics.matching import common_sites
+from engine.genomics.membership import samples_membership
 from engine.genomics.panel import HaplotypePanel, read_panel
 from engine.genomics.relatedness import (
     THRESHOLDS,
@@ -26,6 +28,8 @@ from engine.genomics.relatedness import (
     same_people,
 )
 from engine.kernels import bits
+
+_MOST_SITES = 50_000  # compared for duplicates, evenly spread
 
 
 def haplotype_pool(panel: HaplotypePanel, where: str = "panel") -> Pool:
@@ -82,7 +86,15 @@ def audit_pools(
     judges = genotype_judges(
         pools["train"], pools["holdout"], panels["train"].sites.contig, resolved, noted, policy=policy, seed=seed
     )
-    return pools, {}, judges
+
+    def attacked(name: str, rows: Pool, scores: Scores) -> list[Finding]:
+        if name != "synthetic":
+            return []
+        return samples_membership(
+            panels["synthetic"], panels["train"], panels["holdout"], policy=policy or AuditPolicy(), seed=seed
+        )
+
+    return pools, {}, [*judges, attacked]
 
 
 def check_sides(
@@ -111,7 +123,8 @@ def check_sides(
             "split by person (engine genomics split)",
         )  # fmt: skip
     resolved = resolution(train)
-    whole = [genotypes_of_panel(panel) for panel in (train, holdout)]
+    site_l = None if train.n_sites <= _MOST_SITES else np.linspace(0, train.n_sites - 1, _MOST_SITES).astype(np.int64)
+    whole = [genotypes_of_panel(panel, site_l) for panel in (train, holdout)]
     n = {"training": train.n_samples, "holdout": holdout.n_samples}
     across, within = n["training"] * n["holdout"], [m * (m - 1) // 2 for m in n.values()]
     findings = []
@@ -121,7 +134,7 @@ def check_sides(
             same = [f"{train.samples.ids[i]} = {holdout.samples.ids[j]}" for i, j in found]
             raise InputError(
                 "no person on both sides",
-                f"under two ids genotypes that differ in at most {allowed} alleles at {train.n_sites} sites: {_some(same)}",
+                f"under two ids genotypes that differ in at most {allowed} alleles at {whole[0].sites} sites: {_some(same)}",
                 where, "leave these people out of the holdout, and split by person before training",
             )  # fmt: skip
         for name, people, pairs in zip(n, whole, within):

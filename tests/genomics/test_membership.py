@@ -9,7 +9,7 @@ from engine import seeding
 from engine.audit import AuditPolicy
 from engine.errors import InputError
 from engine.genomics.li_stephens import LiStephensConfig, fit
-from engine.genomics.membership import member_scores, model_membership
+from engine.genomics.membership import member_scores, model_membership, samples_membership
 from engine.genomics.panel import panel_from_alleles
 
 CONFIG = LiStephensConfig(ne=20_000, mismatch=1e-3)
@@ -74,6 +74,21 @@ def test_samples_alone_are_attacked_by_a_model_of_them(sides):
     assert found[0].name == "membership_auc_samples"
     assert found[0].value > 0.7
     assert found[0].verdict == "fail"
+
+
+def test_the_audit_describes_the_attack_on_samples(sides):
+    train, holdout, other = sides
+    policy = AuditPolicy()
+    found = {f.name: f for f in samples_membership(train, train, holdout, policy=policy)}
+    assert found["membership_auc_copying_model"].value > 0.9
+    assert {f.verdict for f in found.values()} == {"none"}
+    low, high = samples_membership(other, train, holdout, policy=policy)[0].interval
+    assert low < 0.5 < high
+    assert samples_membership(other, train, holdout, policy=policy, people=20)[0].n == {
+        "members": 20,
+        "non_members": 20,
+    }
+    assert samples_membership(other, train, holdout.select(samples=slice(0, 3)), policy=policy) == []
 
 
 def test_a_run_folder_and_sites_in_another_order(sides, tmp_path):

@@ -136,6 +136,7 @@ def test_pools_of_files_go_through_the_audit(files):
     assert np.isnan(result.finding("relatives_across_sides").value)
     assert result.finding("duplicates_within_training").value == 0
     assert result.finding("kinship_above_0.354").verdict == "none"  # two stretches of 10 Mb
+    assert result.finding("membership_auc_copying_model").verdict == "none"
     copied = audit(pools["train"], pools["holdout"], pools["train"].select(np.arange(80)), policy=FAST, judges=judges)
     assert copied.verdict == "fail"
 
