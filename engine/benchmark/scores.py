@@ -19,9 +19,10 @@ from engine.benchmark.sides import Sides, grid_of, panel_sha256, volumes_sha256
 from engine.benchmark.tracks import Track
 from engine.errors import InputError
 
-# The draws by which an audit measures itself (its power, its rate of convicting honest sets) say nothing of an entrant and
-# take most of an audit's time: few of the one, none of the other. Every gate is the default one.
-POLICY = AuditPolicy(honest_repeats=0, contamination_repeats=10)
+# The draws by which an audit measures itself, its power and its rate of convicting honest sets, take most of its time and say
+# nothing of an entrant: they are left out of scores. Every gate and control is the default one.
+POLICY = AuditPolicy(honest_repeats=0, contamination_repeats=1)
+LEFT_OUT = ("power_at_contamination", "audit_false_positive_rate")
 EXTRACTORS = "shape components and intensity quantiles of engine.imaging.evaluate, fitted on the training side"
 
 
@@ -134,4 +135,5 @@ def _plain(findings: list[Finding]) -> list[dict[str, Any]]:
 
 def _audited(result: AuditResult) -> dict[str, Any]:
     controls = [{"name": c.name, "expected": c.expected, "verdict": c.verdict} for c in result.controls]
-    return {"verdict": result.verdict, "findings": _plain(result.findings), "controls": controls}
+    findings = [finding for finding in result.findings if finding.name not in LEFT_OUT]
+    return {"verdict": result.verdict, "findings": _plain(findings), "controls": controls}
