@@ -52,14 +52,22 @@ class Gates:
         search = CopySearch(train, holdout, policy, seed)
         return cls(search, search.null(), Attackers.prepare(train, holdout, search.floor, policy, seed), judges)
 
-    def judge(self, name: str, rows: Pool, scores: Scores, unseen: Pool | None = None) -> Judged:
+    def judge(
+        self,
+        name: str,
+        rows: Pool,
+        scores: Scores,
+        unseen: Pool | None = None,
+        p_n: NDArray[np.float64] | None = None,
+    ) -> Judged:
         """All gates on `rows`, whose `scores` are those of `search.score`.
 
         Args:
             unseen: real rows that the adversarial accuracy compares with; the holdout where None.
+            p_n: p-values of the scores, where they are known already.
         """
         search = self.search
-        judged = judge(search, self.null, scores)
+        judged = judge(search, self.null, scores, p_n)
         holdout = search.holdout if unseen is None else unseen
         found, curves = self.attackers.judge(rows)
         findings = [*judged.findings, *_aats(search.train, holdout, rows, search.policy, search.seed), *found]

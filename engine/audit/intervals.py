@@ -106,8 +106,8 @@ def conformal_p(
     for start in range(0, len(tested_mc), block):
         rows = slice(start, start + block)
         # rank of each null item once the tested item has joined: one more where the tested item lies at or below it
-        joined_bnc = rank_null_nc[None] + (tested_mc[rows, None, :] <= null_nc[None])
-        smallest_bn = joined_bnc.min(axis=2) + joined_bnc.mean(axis=2) / (2 * people + 2)
+        joined_cbn = [rank_null_nc[:, c] + (tested_mc[rows, c, None] <= null_nc[:, c]) for c in range(null_nc.shape[1])]
+        smallest_bn = np.minimum.reduce(joined_cbn) + sum(joined_cbn) / len(joined_cbn) / (2 * people + 2)
         own_b = rank_tested_mc[rows].min(axis=1) + rank_tested_mc[rows].mean(axis=1) / (2 * people + 2)
         p_m[rows] = (1 + (smallest_bn <= own_b[:, None] + _ROUNDING) @ weights) / (people + 1)
     return p_m

@@ -49,10 +49,14 @@ def gate_level(people: int, policy: AuditPolicy) -> float:
     return min((level for level in usable if level >= 0.01 - 1e-12), default=max(usable))
 
 
-def judge(search: CopySearch, null: Null, scores: Scores) -> Judgement:
-    """Exact copies, flagged share at every level the null can reach, and the pull towards training."""
+def judge(search: CopySearch, null: Null, scores: Scores, p_n: NDArray[np.float64] | None = None) -> Judgement:
+    """Exact copies, flagged share at every level the null can reach, and the pull towards training.
+
+    Args:
+        p_n: `null.p_values(scores)`, where it is known already.
+    """
     policy = search.policy
-    p_n = null.p_values(scores)
+    p_n = null.p_values(scores) if p_n is None else p_n
     findings = [_exact_copies(search, null, scores)]
     findings += [copy_share(null, p_n, scores.person_n, scores.group_n, level, policy) for level in policy.levels]
     findings.append(_discoveries(p_n, policy))

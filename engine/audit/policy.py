@@ -70,7 +70,7 @@ class AuditPolicy(BaseModel):
         20, ge=0, description="Fresh draws of unseen real people, each judged as a set: the false-positive rate."
     )
     honest_people: int = Field(
-        1000, ge=40, description="People of each side in those draws, at most; larger sides are cut at random."
+        400, ge=40, description="People of each side in those draws, at most; larger sides are cut at random."
     )
     false_positive_max: float = Field(
         0.05, gt=0, lt=1, description="Share of honest sets convicted above which, when certain, there is no verdict."

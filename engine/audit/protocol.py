@@ -162,7 +162,7 @@ def audit(
         said = gates.judge(name, pool, control_scores[name], rest if expected == "pass" else holdout)
         results.append(ControlResult(name, expected, said.verdict, len(pool), said.findings))
     say("contaminated sets")
-    findings.append(power_at_contamination(gates, synthetic, scores, noisy, noisy_scores, holdout))
+    findings.append(power_at_contamination(gates, synthetic, scores, judged, noisy, noisy_scores, holdout))
     say("sets of honest people")
     findings.append(false_positive_rate(train, holdout, synthetic.people, policy, seed))
 

@@ -24,17 +24,22 @@ from engine.seeding import generator
 
 
 def power_at_contamination(
-    gates: Gates, synthetic: Pool, scores: Scores, copies: Pool, copy_scores: Scores, unseen: Pool
+    gates: Gates, synthetic: Pool, scores: Scores, judged: Judged, copies: Pool, copy_scores: Scores, unseen: Pool
 ) -> Finding:
     """How often this very set would be convicted if a share of its people had been near copies of training people.
 
     In every draw the rows of other randomly chosen synthetic people give way to randomly chosen near copies, and the
     mixture, of the size of the synthetic set, is judged as the set is.
+
+    Args:
+        scores, judged: of the synthetic set. copies, copy_scores: from `planted_copies`.
+        unseen: real rows for the adversarial accuracy.
     """
     policy, judges_left_out = gates.search.policy, replace(gates, judges=())
     rng = generator(gates.search.seed, "audit.contamination")
     people, code_n = np.unique(synthetic.person, return_inverse=True)
     k = max(1, round(policy.contamination * len(people)))
+    copy_p = gates.null.p_values(copy_scores)
     outcomes = []
     for _ in range(policy.contamination_repeats):
         out_n = np.isin(code_n, rng.choice(len(people), k, replace=False))
@@ -44,8 +49,10 @@ def power_at_contamination(
         data = np.concatenate([synthetic.data[kept], copies.data[drawn]])
         rows = replace(synthetic, data=data, person=person_n, group=None, views=None)
         mixed = replace(join([scores.select(kept), copy_scores.select(drawn)]), person_n=person_n)
-        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen))
-    seen = sum(judged.verdict == "fail" for judged in outcomes)
+        p_n = np.concatenate([judged.p_n[kept], copy_p[drawn]])
+        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen, p_n))
+    seen = sum(outcome.verdict == "fail" for outcome in outcomes)
+    already = "; it fails without any" if judged.verdict == "fail" else ""
     return Finding(
         name="power_at_contamination",
         value=seen / len(outcomes),
@@ -54,7 +61,7 @@ def power_at_contamination(
         calibrated_on=f"{k} of {len(people)} synthetic people replaced by near copies, drawn anew each time",
         direction="higher",
         unit="share",
-        note=f"chance that this set would fail if {policy.contamination:.0%} of its people were near copies",
+        note=f"chance that this set would fail if {policy.contamination:.0%} of its people were near copies{already}",
         detail={"contamination": k / len(people), "noise": policy.control_noise, "by_gate": _by_gate(outcomes)},
     )
 
@@ -86,7 +93,7 @@ def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPo
         name="audit_false_positive_rate",
         value=convicted / len(outcomes),
         interval=clopper_pearson(convicted, len(outcomes)),
-        n={"people": m, "draws": len(outcomes)},
+        n={"people": m, "draws": len(outcomes), "training_people": min(train.people, policy.honest_people)},
         threshold=policy.false_positive_max,
         calibrated_on="unseen real people, split anew in every draw",
         direction="lower",

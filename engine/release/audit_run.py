@@ -72,7 +72,13 @@ def load_policy(path: Path | None) -> AuditPolicy:
 
 
 def load_pools(
-    train: Path, holdout: Path, synthetic: Path, *, seed: int = 0, progress: Progress | None = None
+    train: Path,
+    holdout: Path,
+    synthetic: Path,
+    *,
+    policy: AuditPolicy | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[str, dict[str, Pool], dict[str, Pool], list[Judge]]:
     """(modality, pools by side, controls and judges that need the modality) of three inputs of one kind.
 
@@ -89,9 +95,8 @@ def load_pools(
     if kinds["train"] == "genotypes":
         from engine.genomics.pools import audit_pools as panels
 
-        made: Any = panels(train, holdout, synthetic)
-        pools, controls, judges = made if isinstance(made, tuple) else (made, {}, [])
-        return "genotypes", pools, controls, list(judges)
+        pools, controls, judges = panels(train, holdout, synthetic, policy=policy, seed=seed)
+        return "genotypes", pools, controls, judges
     from engine.imaging.pools import audit_pools as scans
 
     read: Any = scans(train, holdout, synthetic, seed=seed, progress=progress)
@@ -244,7 +249,7 @@ def run_audit(
     for path in (train, holdout, synthetic):
         modality(path)
     audited = hash_files(synthetic)
-    kind, pools, controls, judges = load_pools(train, holdout, synthetic, seed=seed, progress=progress)
+    kind, pools, controls, judges = load_pools(train, holdout, synthetic, policy=rules, seed=seed, progress=progress)
     if people is not None:
         pools, judges = _named(pools, judges, Path(people))
     attacks = None if model is None else _model_scores(kind, Path(model), train, holdout, rules, seed)

@@ -239,7 +239,7 @@ def test_shares_by_group(scans):
 
 def test_power_grows_with_the_set(scans):
     train, holdout, fresh = scans
-    near = FAST.model_copy(update={"control_noise": 0.02, "contamination_repeats": 40})
+    near = FAST.model_copy(update={"control_noise": 0.02, "contamination_repeats": 20})
     few = audit(train, holdout, pool(fresh[:15], "s"), policy=near).finding("power_at_contamination").value
     many = audit(train, holdout, pool(fresh, "s"), policy=near).finding("power_at_contamination").value
     assert few < 0.3
@@ -255,9 +255,10 @@ def test_every_audit_says_how_good_it_is(scans):
     assert power.value == 1
     assert power.n == {"people": 150, "draws": 8}
     assert power.detail["by_gate"]["copy_share_at_1_percent"] == 1
+    assert "without any" not in power.note
     assert power.detail["contamination"] == pytest.approx(0.3)
     assert rate.value == 0
-    assert rate.n == {"people": 50, "draws": 2}
+    assert rate.n == {"people": 50, "draws": 2, "training_people": 300}
     assert "100%" in result.reasons[1]
     assert "Of sets of fresh real people it convicts 0%" in result.reasons[2]
     assert {f.name for f in result.findings} >= {"membership_auc_distance", "authenticity", "c_t", "coverage"}

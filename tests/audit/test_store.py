@@ -71,7 +71,11 @@ def test_a_file_with_its_table_beside_it(tmp_path):
         ({"bits": np.zeros((3, 2), np.uint64)}, META, "length of 1 to 128 sites"),
         ({"bits": np.zeros((3, 2), np.uint64)}, {**META, "length": "129"}, "length of 1 to 128"),
         ({"bits": np.full((3, 2), 2**40, np.uint64)}, {**META, "length": "100"}, "zeros behind the 100 sites"),
-        ({"bits": np.zeros((3, 2), np.uint64), "position_bp": np.zeros(9, np.int64)}, {**META, "length": "100"}, "positions"),
+        (
+            {"bits": np.zeros((3, 2), np.uint64), "position_bp": np.zeros(9, np.int64)},
+            {**META, "length": "100"},
+            "positions",
+        ),
     ],
 )
 def test_stores_that_do_not_fit_are_refused(tmp_path, tensors, metadata, says):
