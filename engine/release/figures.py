@@ -162,20 +162,26 @@ def rho(figure: Mapping[str, Any]) -> str:
 
 
 def roc(figure: Mapping[str, Any]) -> str:
-    """ROC on log-log axes, one curve per control: {name: {"fpr", "tpr", "auc"}}; the diagonal is guessing."""
+    """ROC on log-log axes, one curve a set; the diagonal is guessing.
+
+    Args:
+        figure: "curves" {name: {"fpr", "tpr", "auc"}}, or these alone; with "curves" also "x_label".
+    """
+    curves = figure.get("curves", {k: v for k, v in figure.items() if isinstance(v, Mapping)})
     with plt.rc_context(_RC):
-        drawing, axis = _axes("false-positive rate (unseen real people flagged)", "true-positive rate (flagged)")
+        x_label = str(figure.get("x_label", "false-positive rate (unseen real people flagged)"))
+        drawing, axis = _axes(x_label, "true-positive rate")
         low = 1e-3
-        axis.plot([low, 1], [low, 1], color=QUIET, lw=1, ls=":", label="guessing")
-        for i, (name, curve) in enumerate(figure.items()):
+        axis.plot([low, 1], [low, 1], color=QUIET, lw=1, ls=":")
+        for i, (name, curve) in enumerate(sorted(curves.items(), key=lambda item: item[0] != "synthetic")):
             colour = _COLOURS.get(name, _FURTHER[i % len(_FURTHER)])
             fpr, tpr = np.clip(curve["fpr"], low, 1), np.clip(curve["tpr"], low, 1)
             label = f"{name.replace('_', ' ')} (AUC {curve['auc']:.2f})"
             axis.plot(fpr, tpr, color=colour, ls=_DASHES[i % 4], lw=1.8, label=label, drawstyle="steps-post")
         _log(axis, "x")
         _log(axis, "y")
-        axis.set(xlim=(low, 1), ylim=(low, 1.05))
-        axis.legend(loc="lower right")
+        axis.set(xlim=(low, 1), ylim=(low, 1.1))
+        drawing.legend(loc="outside upper center", ncols=2, columnspacing=1.2)  # curves may lie anywhere
         return _svg(drawing)
 
 
@@ -250,8 +256,8 @@ def stack(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
             tiles; "plane", what a slice is called.
 
     Returns:
-        [{"name": "axial slice 3 of 12", "groups": [{"columns": [...], "strips": [{"label", "image"}]}]}], images as data
-        URIs, one pixel a voxel.
+        [{"name": "axial slice 3 of 12", "groups": [{"columns", "percent", "strips": [{"label", "image"}]}]}], images as
+        data URIs, one pixel a voxel; percent is the share of the full width that a group's tiles take.
 
     Raises:
         ValueError: rows of different shapes, or not uint8 (n, s, h, w).
@@ -270,12 +276,33 @@ def stack(figure: Mapping[str, Any]) -> list[dict[str, Any]]:
             few = slice(start, min(start + TILES, count))
             strips = []
             for label, tiles in rows.items():
-                filler = np.full((TILES - (few.stop - few.start), *shape[2:]), 128, np.uint8)
-                strip = np.concatenate([tiles[few, k], filler])  # one width in all groups, so that tiles are one size
-                strips.append({"label": label, "image": montage(strip, columns=TILES, enlarge=False)})
-            groups.append({"columns": words[few] if words else [], "strips": strips})
+                image = montage(tiles[few, k], columns=few.stop - few.start, enlarge=False)
+                strips.append({"label": label, "image": image})
+            percent = 100 * (few.stop - few.start) // TILES  # so that tiles are of one size in all groups
+            groups.append({"columns": words[few] if words else [], "strips": strips, "percent": percent})
         frames.append({"name": f"{plane} slice {k + 1} of {slices}".strip(), "groups": groups})
     return frames
+
+
+def dots(figure: Mapping[str, Any]) -> str:
+    """Values with intervals, one a line, beside the same measure on real people.
+
+    Args:
+        figure: "names", "synthetic" (n), "interval" (n pairs or None), "floor" (n numbers or None), "x_label".
+    """
+    names = [str(name) for name in figure["names"]]
+    row = np.arange(len(names))
+    with plt.rc_context(_RC):
+        drawing, axis = _axes(str(figure.get("x_label", "value")), "")
+        for k, interval in enumerate(figure.get("interval") or []):
+            if interval is not None:
+                axis.plot(interval, [k, k], color=SYNTHETIC, lw=2.2, solid_capstyle="butt")
+        axis.plot(figure["synthetic"], row, "o", color=SYNTHETIC, ms=7, label="synthetic, 95 % interval")
+        floor = [np.nan if x is None else float(x) for x in figure.get("floor") or [None] * len(names)]
+        axis.plot(floor, row, "D", mfc="none", mec=REAL, mew=1.6, ms=8, label="unseen real people")
+        axis.set(yticks=row, yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(0, None))
+        drawing.legend(loc="outside upper center", ncols=2)
+        return _svg(drawing)
 
 
 def stretches(figure: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from engine.audit.findings import Finding
 from engine.release.evaluation import spectrum
 from engine.release.images import synthetic_slices
-from engine.release.report import Section, Table, sections_of_audit, write_report
+from engine.release.report import Section, Table, sections_of_audit, summary_of, write_report
 
 LEAST = 5  # people behind every count of a covariate that is printed
 _MOST_LEVELS = 12
@@ -44,7 +44,7 @@ def write_public_report(
         subtitle=manifest["description"],
         verdict=audit["verdict"],
         reasons=audit.get("reasons", []),
-        summary=[finding for finding in findings if finding.verdict != "none"][:4],
+        summary=summary_of(findings),
         sections=sections,
         facts={
             "identifier": manifest["identifier"],

@@ -49,6 +49,13 @@ _LABELS = {
     "convicted_rows": "Single samples convicted (FDR)",
     "nearer_train_share": "Nearer to training than to unseen people",
     "power_at_contamination": "Power to see a few copies",
+    "audit_false_positive_rate": "Honest sets that the audit convicts",
+    "authenticity": "Authentic samples",
+    "c_t": "Nearer to training than unseen people, cell by cell (C_T)",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
 }
 _DRAW = {
     "pca": (drawings.pca, "Principal components of real and synthetic samples, computed on both together."),
@@ -59,6 +66,7 @@ _DRAW = {
     "roc": (drawings.roc, "How well the audit separates each set from unseen real people."),
     "histogram": (drawings.histogram, "Distribution, real and synthetic."),
     "scatter": (drawings.scatter, "Each point is one subject."),
+    "dots": (drawings.dots, "Each value beside the same measure on unseen real people."),
     "stretches": (drawings.stretches, "Bars are stretches that are equal in both haplotypes."),
 }
 SLIDER = (Path(__file__).parent / "templates" / "slider.js").read_text(encoding="utf-8").strip()
@@ -185,29 +193,81 @@ def sections_of_audit(audit: Mapping[str, Any], findings: Sequence[Finding]) -> 
         ("Side", "People", "Rows"),
         [(name, size["people"], size["rows"]) for name, size in audit.get("sizes", {}).items()],
     )
-    rho = {}
+    pictures: dict[str, dict[str, Any]] = {part: {} for part in ("copies", "membership", "power", "fidelity")}
     if "rho" in drawn:
         shown = {name: s for name, s in drawn["rho"]["shares"].items() if name in ("real, unseen", "synthetic")}
-        rho = {"rho": {**drawn["rho"], "shares": shown}}
+        pictures["copies"]["rho"] = {**drawn["rho"], "shares": shown}
+    if drawn.get("membership"):
+        pictures["membership"]["roc_membership"] = {
+            "kind": "roc",
+            **{
+                "curves": drawn["membership"],
+                "x_label": "false-alarm rate (unseen people)",
+            },
+            "title": "Membership attacks",
+            "caption": "How many training people an attacker recognises, at how many false alarms. On the dotted line the"
+            " attacker guesses.",
+        }
+    if "roc" in drawn:
+        pictures["power"]["roc"] = {
+            "curves": drawn["roc"],
+            "title": "Synthetic set and controls",
+            "caption": "How well the audit tells each set from unseen real people. Copies should hug the upper left, fresh real"
+            " people and a synthetic set without copies the dotted line.",
+        }
+    if drawn.get("prdc"):
+        pictures["fidelity"]["dots"] = {
+            **drawn["prdc"],
+            "title": "Precision, recall, density, coverage",
+            "caption": "Neighbourhoods of training rows and synthetic rows in each other. Where the dot lies on the"
+            " diamond, the synthetic set does as well as unseen real people.",
+        }
     return [
-        Section(
-            "Copies of training data",
-            "For every synthetic sample, the distance to the nearest training sample is set against the distance to "
-            "the nearest unseen real sample. Unseen real people give the same figure at the same pool sizes, and so "
-            "say how small it gets by chance.",
-            findings,
-            rho,
-            (sizes,),
-        ),
-        Section(
-            "Does the audit see copies at all?",
-            "Sets of copies are planted in every run. An audit that lets its own copycat through, or that convicts "
-            "fresh real people, has no verdict.",
-            [],
-            {"roc": drawn["roc"]} if "roc" in drawn else {},
-            (controls,),
-        ),
+        Section(title, text, _of(findings, part), pictures[part], tables)
+        for part, title, text, tables in (
+            ("copies", "Copies of training data", _COPIES, (sizes,)),
+            ("membership", "Could anyone tell who was in training?", _MEMBERSHIP, ()),
+            ("power", "Does the audit see copies at all?", _POWER, (controls,)),
+            ("fidelity", "How true and how varied", _FIDELITY, ()),
+        )
+        if tables or pictures[part] or _of(findings, part)
     ]
+
+
+def summary_of(findings: Sequence[Finding]) -> list[Finding]:
+    """The handful for the top of the page: exact copies, the strictest share that could be judged, the leak as an attacker
+    sees it, and how much the audit would have seen.
+    """
+    by_name = {f.name: f for f in findings if math.isfinite(f.value)}
+    strictest = next((n for n in ("0.1", "1", "5") if f"copy_share_at_{n}_percent" in by_name), "1")
+    wanted = ("exact_copies", f"copy_share_at_{strictest}_percent", "membership_auc_distance", "power_at_contamination")
+    return [by_name[name] for name in wanted if name in by_name]
+
+
+def _of(findings: Sequence[Finding], part: str) -> list[Finding]:
+    """Findings of one part; what has no other place belongs to the copies, where gates are."""
+    return [f for f in findings if next((p for p, names in _PARTS if re.match(names, f.name)), "copies") == part]
+
+
+_PARTS = (
+    ("membership", "membership_"),
+    ("power", "power_at_|audit_false_positive"),
+    ("fidelity", "(authenticity|c_t|precision|recall|density|coverage)$"),
+)
+_COPIES = (
+    "For every synthetic sample, the distance to the nearest training sample is set against the distance to the nearest "
+    "unseen real sample. Unseen real people give the same figure at the same pool sizes, and so say how small it gets by "
+    "chance."
+)
+_MEMBERSHIP = (
+    "An attacker who holds the synthetic data and somebody's record asks whether that person was in training. Each attack is "
+    "tried on training people and on as many as there are unseen people; 0.5 is guessing."
+)
+_POWER = (
+    "Sets of copies are planted in every run. An audit that lets its own copycat through, or that convicts fresh real people, "
+    "has no verdict."
+)
+_FIDELITY = "Every figure stands beside the same one for unseen real people. Real rows themselves are not at 1."
 
 
 def label(name: str) -> str:
@@ -217,6 +277,14 @@ def label(name: str) -> str:
     share = re.fullmatch(r"copy_share_at_([\d.]+)_percent", name)
     if share:
         return f"Flagged as copies at {share[1]} % false positives"
+    attack = re.fullmatch(r"membership_(auc|tpr_at_([\d.]+)_percent)_(\w+)", name)
+    if attack:
+        by = attack[3].replace("_", " ")
+        return (
+            f"Attack by {by}, area under the ROC"
+            if attack[1] == "auc"
+            else (f"Attack by {by}, recognised at {attack[2]} % false alarms")
+        )
     return name.replace("_", " ").capitalize()
 
 

@@ -19,7 +19,10 @@ CASES = {
         figures.pca,
         {"real": RNG.normal(size=(4, 2)), "synthetic": RNG.normal(size=(3, 2)), "group": ["AFR", "EUR", "AFR", "EUR"]},
     ),
-    "ld_decay": (figures.ld_decay, {"distance_bp": [100, 1000, 1e5], "real": [0.6, 0.3, 0.1], "synthetic": [0.5, 0.3, 0]}),
+    "ld_decay": (
+        figures.ld_decay,
+        {"distance_bp": [100, 1000, 1e5], "real": [0.6, 0.3, 0.1], "synthetic": [0.5, 0.3, 0]},
+    ),
     "af": (figures.af, {"real": RNG.random(5000), "synthetic": RNG.random(5000)}),
     "sfs": (figures.sfs, {"real": [5, 3, 1], "synthetic": [4, 4, 1]}),
     "sfs_frequency": (figures.sfs, {"frequency": [0.1, 0.2, 0.4], "real": [5, 3, 1], "synthetic": [4, 4, 1]}),
@@ -45,7 +48,7 @@ def test_a_drawing_is_well_formed_deterministic_and_has_text(name):
     words = [e.text for e in root.iter() if e.tag.endswith("text") and e.text]
     assert len(words) > 4, "axis labels are text, not outlines"
     assert "<script" not in svg
-    assert "xlink:href=\"http" not in svg
+    assert 'xlink:href="http' not in svg
 
 
 def test_labels_carry_units_and_n():
