@@ -23,7 +23,7 @@ from engine.audit.pools import check_alike
 from engine.audit.protocol import STAGES
 from engine.audit.store import check_sides, is_store, kind_in_words, read_people, read_store, with_people
 from engine.errors import InputError, UsageError
-from engine.release.report import audit_sections, write_report
+from engine.release.report import audit_sections, summary_of, write_report
 
 Progress = Callable[[str, int, int], None]
 PANEL_SUFFIXES = (".vcf", ".vcf.gz", ".bcf", ".pgen")
@@ -162,9 +162,9 @@ def _named(pools: dict[str, Pool], judges: Sequence[Judge], table: Path) -> tupl
 
 
 def _model_scores(
-    kind: str, model: Path, train: Path, holdout: Path, rules: AuditPolicy, seed: int
+    kind: str, model: Path, train: Path, holdout: Path, rules: AuditPolicy, seed: int, progress: Progress | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Scores of training people and of unseen people by an attack that has the model, for `audit`.
+    """Scores of training people and of unseen people by the attacks that have the model, for `audit`.
 
     Raises:
         UsageError: the sides are stores, for which there is no such attack.
@@ -177,7 +177,11 @@ def _model_scores(
             model, read_panel(train), read_panel(holdout), people=rules.membership_people, seed=seed
         )
         return {"model_likelihood": (found.member_s, found.nonmember_s)}
-    raise UsageError("panels beside --model", f"{kind}", "--model", "leave --model out")
+    if kind == "scans":
+        from engine.imaging.membership import member_scores as losses
+
+        return losses(model, train, holdout, seed=seed, progress=progress)
+    raise UsageError("panels or tables of scans beside --model", kind, "--model", "leave --model out")
 
 
 def audit_files(
@@ -252,7 +256,7 @@ def run_audit(
     kind, pools, controls, judges = load_pools(train, holdout, synthetic, policy=rules, seed=seed, progress=progress)
     if people is not None:
         pools, judges = _named(pools, judges, Path(people))
-    attacks = None if model is None else _model_scores(kind, Path(model), train, holdout, rules, seed)
+    attacks = None if model is None else _model_scores(kind, Path(model), train, holdout, rules, seed, progress)
     said = 0
 
     def tell(line: str) -> None:
@@ -281,7 +285,7 @@ def run_audit(
             title=f"Audit of synthetic {kind}",
             verdict=result.verdict,
             reasons=result.reasons,
-            summary=[f for f in result.findings if f.verdict != "none"][:4],
+            summary=summary_of(result.findings),
             sections=audit_sections(result),
             facts={"commit": provenance.commit()["commit"], "seed": seed},
         )

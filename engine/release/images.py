@@ -91,6 +91,30 @@ def scans_side_by_side(train: Path, synthetic: Path, seed: int = 0) -> Section:
     )
 
 
+def internal_sections(
+    kind: str, result: AuditResult, pools: dict[str, Pool], train: Path, synthetic: Path, seed: int = 0
+) -> list[Section]:
+    """Internal: what `engine audit` adds to its own report: suspects beside their neighbours, and scans at random.
+
+    Args:
+        kind: "scans", "genotypes" or another (an embedding store of features has no picture); pools: "train" and
+            "synthetic" as they were audited; train, synthetic: the inputs, whose scans are read again.
+    """
+    if kind == "scans":
+        from engine.imaging.commands import folder_paths
+
+        rows = [len(folder_paths(path)[0]) for path in (train, synthetic)]
+        if rows != [len(pools["train"]), len(pools["synthetic"])]:
+            return []  # some scans were left out of the audit: a row is no longer a place in the folder
+        return [
+            suspect_section(kind, result, pools, train, synthetic),
+            scans_side_by_side(train, synthetic, seed),
+        ]
+    if pools["synthetic"].kind == "bits":
+        return [suspect_section("genotypes", result, pools, train, synthetic)]
+    return []
+
+
 def suspect_section(kind: str, result: AuditResult, pools: dict[str, Pool], train: Path, synthetic: Path) -> Section:
     """Internal: the most suspicious synthetic samples, each beside its nearest training sample.
 
