@@ -23,6 +23,7 @@ from engine.audit.pools import check_alike
 from engine.audit.protocol import STAGES
 from engine.audit.store import check_sides, is_store, kind_in_words, read_people, read_store, with_people
 from engine.errors import InputError, UsageError
+from engine.release.images import internal_sections
 from engine.release.report import audit_sections, summary_of, write_report
 
 Progress = Callable[[str, int, int], None]
@@ -286,7 +287,7 @@ def run_audit(
             verdict=result.verdict,
             reasons=result.reasons,
             summary=summary_of(result.findings),
-            sections=audit_sections(result),
+            sections=[*audit_sections(result), *internal_sections(kind, result, pools, train, synthetic, seed)],
             facts={"commit": provenance.commit()["commit"], "seed": seed},
         )
         provenance.write(folder, "audit", config=rules.model_dump(mode="json"), inputs=[synthetic], seed=seed)
