@@ -141,9 +141,11 @@ def audit(
     scores = search.score(synthetic, "synthetic")
     judged = gates.judge("synthetic", synthetic, scores, holdout)
     findings, curves = list(judged.findings), dict(judged.curves)
-    for attack, (member_n, nonmember_n) in (model_scores or {}).items():
-        note = "with access to the model"
-        found, curves[attack] = membership(member_n, nonmember_n, policy=policy, name=attack, note=note)
+    attacks = dict(model_scores or {})
+    for attack, (member_n, nonmember_n) in attacks.items():
+        found, curves[attack] = membership(
+            member_n, nonmember_n, policy=policy, name=attack, gates=len(attacks), note="by someone who has the model"
+        )
         findings += found
     say("authenticity, precision and coverage")
     described, prdc = fidelity(train, holdout, synthetic, policy=policy, seed=seed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.audit import AuditPolicy, Pool
-from engine.audit.intervals import delong, thin
+from engine.audit.intervals import attainable_level, delong, thin
 from engine.audit.membership import Attackers, membership, per_person
 from engine.errors import InputError
 
@@ -157,3 +157,23 @@ def test_people_beyond_the_limit_are_drawn():
     policy = AuditPolicy(membership_people=40)
     ready = Attackers.prepare(pool(train, "t"), pool(holdout, "h"), 1e-6, policy, 0)
     assert (ready.members.people, ready.nonmembers.people) == (40, 40)
+
+
+@pytest.mark.parametrize(("train_n", "holdout_n"), [(240, 110), (60, 130)])
+def test_leak_free_rows_tell_nobody_apart(train_n, holdout_n):
+    """200 repetitions at unequal pools: the area is one half, its interval holds, TPR at 1 % is 1 %, hardly any set fails."""
+    areas, inside, rates, failed = {"distance": [], "density_ratio": []}, 0, [], 0
+    for seed in range(200):
+        rng = np.random.default_rng([seed, train_n])
+        found = by_name(attack(*sides(rng, train_n, holdout_n), 0.6 * rng.standard_normal((30, 8)))[0])
+        failed += any(f.verdict == "fail" for f in found.values())
+        for name, values in areas.items():
+            finding = found[f"membership_auc_{name}"]
+            values.append(finding.value)
+            inside += finding.interval[0] <= 0.5 <= finding.interval[1]
+        rates.append(found["membership_tpr_at_1_percent_density_ratio"].value)
+    for values in areas.values():
+        assert np.mean(values) == pytest.approx(0.5, abs=4 * np.std(values) / np.sqrt(200))
+    assert 0.91 < inside / 400 < 0.98
+    assert np.mean(rates) == pytest.approx(attainable_level(0.01, holdout_n), abs=4 * np.std(rates) / np.sqrt(200))
+    assert failed <= 4  # 2 %; the gates allow 1 % together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -302,6 +303,20 @@ def test_the_default_policy_file_is_the_default():
     values = yaml.safe_load(text)
     assert set(values) == set(AuditPolicy.model_fields)
     assert AuditPolicy.model_validate(values) == AuditPolicy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("people", "sizes"), [("same as real", (300, 100)), ("same as real", (100, 40)), ("genotypes", (100, 40))]
+)
+def test_leak_free_sets_are_hardly_ever_convicted_by_the_whole_audit(people, sizes, monkeypatch):
+    """200 repetitions from end to end: the interval of the conviction rate lies below the documented 5 %."""
+    folder = Path(__file__).resolve().parents[2] / "perf" / "audit"
+    monkeypatch.syspath_prepend(str(folder))
+    calibrate_whole = importlib.import_module("calibrate_whole")
+    found = calibrate_whole.case(people, sizes, 100, 0.0, 200, 1)
+    assert found["interval"]["fail"][1] <= AuditPolicy().false_positive_max, found
+    assert found["interval"]["void"][1] <= AuditPolicy().false_positive_max, found
 
 
 def test_policy_rejects_unknown_keys():
