@@ -93,7 +93,7 @@ def _judge(make: Callable[[Pool], Ready], holdout: Pool) -> Judge:
     made: list[Ready] = []
 
     def judge(name: str, pool: Pool, scores: Scores) -> list[Finding]:
-        taken = np.isin(holdout.person, pool.person) & (expected_verdict(name) == "pass") & (name != "synthetic")
+        taken = np.isin(holdout.person, pool.person) & (expected_verdict(name) == "pass")
         if taken.any():
             return [] if taken.all() else make(holdout.select(np.flatnonzero(~taken)))(pool)
         if not made:
