@@ -7,7 +7,7 @@ a value. The resolved copy goes into the run folder, so that the folder alone ca
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -146,6 +146,36 @@ class TrainingConfig(_Section):
     )
 
 
+class PrivacyConfig(_Section):
+    """Differentially private fine-tuning of a base run on people who must be protected; see docs/privacy.md.
+
+    With this section `train` makes no model of its own: it takes the base's, and the sections data, autoencoder and flow
+    must be the base's.
+    """
+
+    base: str = Field(description="run folder that was trained on public data only")
+    part: Literal["adapters", "condition"] = Field(
+        "adapters", description="what learns: low-rank additions to the linear layers, or the covariate embedding"
+    )
+    rank: int = Field(4, ge=1, description="of the adapters")
+    epsilon: float | None = Field(None, ge=0.1, description="budget; the noise that meets it is computed")
+    noise_multiplier: float | None = Field(None, gt=0, description="in place of epsilon: deviation over clipping_norm")
+    delta: float = Field(1e-5, gt=0, lt=1, description="must be below 1 / people")
+    clipping_norm: float = Field(1.0, gt=0, description="largest length of one person's gradient")
+    people_per_step: int = Field(16, ge=1, description="expected number; each person joins a step by a draw of its own")
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    draws: int = Field(4, ge=1, description="times and noises per person and step, averaged before clipping")
+    unit: Literal["person", "scan"] = Field("person", description="whose presence is hidden; scan: one scan per person")
+    sampling: Literal["poisson", "shuffle"] = Field("poisson", description="shuffle is refused: see docs/privacy.md")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PrivacyConfig:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either epsilon or noise_multiplier")
+        return self
+
+
 class ImagingConfig(_Section):
     """A whole imaging run: data, autoencoder, flow, sampling."""
 
@@ -156,6 +186,7 @@ class ImagingConfig(_Section):
     flow: FlowConfig
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    privacy: PrivacyConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ImagingConfig:
@@ -182,6 +213,8 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
         if field is None:
             return list(CovariateConfig.model_fields)
         model = field.annotation
+        if get_args(model):  # an optional section
+            model = next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), model)
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             model = CovariateConfig
     return list(model.model_fields)

@@ -62,6 +62,9 @@ def load_model(run: str | Path, device: str = "auto", step: int | None = None) -
             "a run folder with config.yaml", "none", run, "the folder given to --out of `engine imaging train`"
         )
     config = load_config(run / "config.yaml")
+    if config.privacy is not None:  # its base is a path of this machine, and configs travel with samples
+        privacy = config.privacy.model_copy(update={"base": Path(config.privacy.base).name})
+        config = config.model_copy(update={"privacy": privacy})
     parts, state = checkpoint.load(run, step)
     if "ema" not in parts:
         raise CorruptRun("a checkpoint of the flow stage", f"stage {state['stage']}", run, "resume the training")

@@ -60,13 +60,17 @@ def train(
         preemption.Preempted: SIGUSR1 or SIGTERM came; a checkpoint was written; exit code 85.
         EngineError: more non-finite steps than `training.bad_step_limit`.
     """
+    if config.privacy is not None:
+        from engine.imaging.private import train_private
+
+        return train_private(config, data_csv, out, resume, progress)
     out = Path(out)
     accelerator = Accelerator()
     config = _resolved(config, accelerator.device)
     rows = [row for row in read_table(data_csv, config.data) if row.train]
     covariates = learn_covariates(rows, config.data, data_csv)
     if accelerator.is_main_process:
-        _open_run(out, config, resume)
+        open_run(out, config, resume)
     accelerator.wait_for_everyone()
     log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress)
     with preemption.watch() as flag:
@@ -464,7 +468,7 @@ def _resolved(config: ImagingConfig, device: torch.device) -> ImagingConfig:
     return config.model_copy(update={"training": training})
 
 
-def _open_run(out: Path, config: ImagingConfig, resume: bool) -> None:
+def open_run(out: Path, config: ImagingConfig, resume: bool) -> None:
     """Create the run folder, or check that the one there holds this run."""
     stored = out / "config.yaml"
     if not resume:
@@ -476,7 +480,7 @@ def _open_run(out: Path, config: ImagingConfig, resume: bool) -> None:
     if not stored.is_file():
         raise UsageError("a run folder with config.yaml", "none", out, "the folder of an earlier run, or no --resume")
     before, now = load_config(stored).model_dump(), config.model_dump()
-    for section in ("data", "autoencoder", "flow", "seed"):
+    for section in ("data", "autoencoder", "flow", "seed", "privacy"):
         if before[section] != now[section]:
             raise UsageError(f"the config this run was started with (it differs in {section})", "another", stored)
     if before["training"]["precision"] != now["training"]["precision"]:
