@@ -117,7 +117,9 @@ def test_likelihood_of_a_table(counts):
     """Bracketed roots against solved ones; a maximum is no lower than any place of a fine grid."""
     table = np.array(counts, dtype=np.float64)
     wanted = reference_greedy.Table(*table)
-    assert likelihood.interval_kind(table, np.empty(101)) == reference_greedy.interval_kind(wanted)
+    kind = np.full(1, 255, dtype=np.uint8)
+    likelihood.kinds_of(table[None], kind)
+    assert kind[0] == reference_greedy.interval_kind(wanted)
     np.testing.assert_allclose(likelihood.likely_r2(table), reference_greedy.likely_r2(wanted), rtol=1e-6, atol=1e-9)
     p11, p1, q1, _ = likelihood.likely_share(table)
     if np.isnan(p11):

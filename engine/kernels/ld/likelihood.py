@@ -7,7 +7,7 @@ bracketed rather than solved for, and the likelihood is summed no further than i
 
 from __future__ import annotations
 
-from math import exp, log, sqrt
+from math import log, sqrt
 
 import numba
 import numpy as np
@@ -107,8 +107,8 @@ def likely_r2(table: np.ndarray) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def interval_kind(table: np.ndarray, likelihood_q: np.ndarray) -> int:
-    """Kind of the interval of D', 0 ... 6 as in reference_greedy.py. `likelihood_q`: float64 (101,), scratch."""
+def interval_kind(table: np.ndarray, likelihood_q: np.ndarray, chances: np.ndarray) -> int:
+    """Kind of the interval of D', 0 ... 6 as in reference_greedy.py. Scratch, float64: likelihood_q (104,), chances (40,)."""
     p11, p1, q1, single = likely_share(table)
     if p11 != p11:
         return 1
@@ -116,55 +116,151 @@ def interval_kind(table: np.ndarray, likelihood_q: np.ndarray) -> int:
     d = p11 - p1 * q1
     if d < -EPSILON:
         n11, n12, n21, n22, q1, d = n12, n11, n22, n21, 1 - q1, -d
-    bound = min(q1 * (1 - p1), (1 - q1) * p1)
+    counts, bound = (n11, n12, n21, n22, unknown), min(q1 * (1 - p1), (1 - q1) * p1)
     peak = min(100, int(100 * d / bound + 0.5))
-    at_peak = _ln_at(peak, n11, n12, n21, n22, unknown, p1, q1, bound)
-    if single:
-        if peak < 89 and _ln_at(89, n11, n12, n21, n22, unknown, p1, q1, bound) - at_peak < -5.4294:
-            return 0  # ln(1 / 228): then 12 values from 0.89 on, none above the first, are at most a twentieth of all
-        likelihood_q[:] = 0.0
-        for step in (-1, 1):
-            q = peak if step < 0 else peak + 1
-            while 0 <= q <= 100:
-                likelihood_q[q] = exp(_ln_at(q, n11, n12, n21, n22, unknown, p1, q1, bound) - at_peak)
-                if likelihood_q[q] < 1e-18:
-                    break
-                q += step
-    else:
-        for q in range(101):
-            likelihood_q[q] = exp(_ln_at(q, n11, n12, n21, n22, unknown, p1, q1, bound) - at_peak)
-    for q in range(99, -1, -1):
-        likelihood_q[q] += likelihood_q[q + 1]
-    total = likelihood_q[0]
-    if total >= 20 * likelihood_q[89]:
-        return 0
-    if total >= 20 * likelihood_q[97]:
-        return 1
-    kind = 2
-    for q in (52, 71, 72, 82):
-        kind += 0.95 * total < likelihood_q[q]
-    return kind
+    at_peak = _ln_at(peak, counts, p1, q1, bound)
+    if single and peak < 89 and _ln_at(89, counts, p1, q1, bound) - at_peak < -5.4294:
+        return 0  # ln(1 / 228): then 12 values from 0.89 on, none above the first, are at most a twentieth of all
+    likelihood_q[:] = 0.0
+    low = peak // _LANES
+    high = low + 1  # eights [low, high) of likelihood_q are known
+    _eight(low, counts, p1, q1, bound, at_peak, likelihood_q, chances)
+    least = _NEGLIGIBLE if single else -1.0
+    while True:
+        while low > 0 and likelihood_q[low * _LANES] >= least:
+            low -= 1
+            _eight(low, counts, p1, q1, bound, at_peak, likelihood_q, chances)
+        while high * _LANES <= 100 and likelihood_q[high * _LANES - 1] >= least:
+            _eight(high, counts, p1, q1, bound, at_peak, likelihood_q, chances)
+            high += 1
+        kind, margin = _kind(likelihood_q)
+        if margin > 101 * least or least <= _NOTHING:
+            return kind
+        least = _NOTHING
+
+
+_LANES = 8
+_NEGLIGIBLE, _NOTHING = 1e-9, 1e-18  # beyond the only peak all is below; summed on where the sums lie too near a limit
 
 
 @numba.njit(cache=True, nogil=True)
-def _ln_at(
-    q: int, n11: float, n12: float, n21: float, n22: float, unknown: float, p1: float, q1: float, bound: float
-) -> float:
+def _kind(likelihood_q: np.ndarray) -> tuple[int, float]:
+    """Kind, and how near the nearest limit that was looked at lies."""
+    above, at = 0.0, 101
+    from_97 = from_89 = from_82 = from_72 = from_71 = from_52 = 0.0
+    while at > 97:
+        at -= 1
+        above += likelihood_q[at]
+    from_97 = above
+    while at > 89:
+        at -= 1
+        above += likelihood_q[at]
+    from_89 = above
+    while at > 82:
+        at -= 1
+        above += likelihood_q[at]
+    from_82 = above
+    while at > 72:
+        at -= 1
+        above += likelihood_q[at]
+    from_72 = above
+    from_71 = above + likelihood_q[71]
+    while at > 52:
+        at -= 1
+        above += likelihood_q[at]
+    from_52 = above
+    while at > 0:
+        at -= 1
+        above += likelihood_q[at]
+    total = above
+    margin = abs(total - 20 * from_89)
+    if total >= 20 * from_89:
+        return 0, margin
+    margin = min(margin, abs(total - 20 * from_97))
+    if total >= 20 * from_97:
+        return 1, margin
+    kind = 2
+    for above in (from_82, from_72, from_71, from_52):
+        kind += 0.95 * total < above
+        margin = min(margin, abs(0.95 * total - above))
+    return kind, margin
+
+
+@numba.njit(cache=True, nogil=True)
+def _ln_at(q: int, counts: tuple[float, float, float, float, float], p1: float, q1: float, bound: float) -> float:
     """Logarithm of the likelihood of D' = q / 100, alleles 1 and 1 in coupling, with the allele frequencies held."""
     p11 = p1 * q1 + q / 100 * bound
     p12, p21 = p1 - p11, q1 - p11
     p22 = 1 - p1 - p21
     if q == 100:  # one of the four is zero but for rounding
         p11, p12, p21, p22 = max(p11, 1e-10), max(p12, 1e-10), max(p21, 1e-10), max(p22, 1e-10)
+    n11, n12, n21, n22, unknown = counts
     return n11 * log(p11) + n12 * log(p12) + n21 * log(p21) + n22 * log(p22) + unknown * log(p11 * p22 + p12 * p21)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def _eight(
+    eight: int,
+    counts: tuple[float, float, float, float, float],
+    p1: float,
+    q1: float,
+    bound: float,
+    at_peak: float,
+    likelihood_q: np.ndarray,
+    chances: np.ndarray,
+) -> None:
+    """likelihood_q[8 eight : 8 eight + 8]: exp(_ln_at - at_peak) of each q up to 100, and 0 beyond.
+
+    Logarithm and exponential are series, correct to some units in the last place: loops of fixed length without calls, which
+    LLVM turns into vectors. The logarithm of x = 2^e m, m within sqrt(2) of 1, is e ln 2 + 2 artanh((m - 1) / (m + 1)).
+    """
+    first, hundredth = eight * _LANES, bound / 100
+    for k in range(_LANES):
+        p11 = p1 * q1 + (first + k) * hundredth
+        p12, p21 = p1 - p11, q1 - p11
+        p22 = 1 - p1 - p21
+        p11, p12 = p11 if p11 > 1e-10 else 1e-10, p12 if p12 > 1e-10 else 1e-10
+        p21, p22 = p21 if p21 > 1e-10 else 1e-10, p22 if p22 > 1e-10 else 1e-10
+        chances[k], chances[8 + k], chances[16 + k], chances[24 + k] = p11, p12, p21, p22
+        chances[32 + k] = p11 * p22 + p12 * p21
+    bits = chances.view(np.int64)
+    for k in range(5 * _LANES):
+        exponent = (bits[k] - _ROOT_HALF) >> 52
+        bits[k] -= exponent << 52
+        m = chances[k]
+        s = (m - 1) / (m + 1)
+        z = s * s
+        high = 2 / 13 + z * (2 / 15 + z * (2 / 17 + z * (2 / 19 + z * (2 / 21 + z * (2 / 23)))))
+        series = 2 / 3 + z * (2 / 5 + z * (2 / 7 + z * (2 / 9 + z * (2 / 11 + z * high))))
+        chances[k] = exponent * _LN_2 + (2 * s + s * z * series)
+    n11, n12, n21, n22, unknown = counts
+    for k in range(_LANES):
+        x = n11 * chances[k] + n12 * chances[8 + k] + n21 * chances[16 + k] + n22 * chances[24 + k]
+        x += unknown * chances[32 + k] - at_peak
+        x = x if x > -700.0 else -700.0
+        x = x if x < 700.0 else 700.0
+        twos = np.int64(x * _LOG2_E + (0.5 if x >= 0 else -0.5))
+        r = (x - twos * _LN_2_HIGH) - twos * _LN_2_LOW
+        high = 1 / 5040 + r * (1 / 40320 + r * (1 / 362880 + r * (1 / 3628800 + r * (1 / 39916800 + r / 479001600))))
+        chances[k] = 1.0 + r * (
+            1.0 + r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r * (1 / 720 + r * high)))))
+        )
+        bits[k] += twos << 52
+    for k in range(_LANES):
+        likelihood_q[first + k] = chances[k] if first + k <= 100 else 0.0
+
+
+_ROOT_HALF = np.int64(0x3FE6A09E667F3BCD)  # the float64 sqrt(1 / 2)
+_LN_2, _LOG2_E = 0.6931471805599453, 1.4426950408889634
+_LN_2_HIGH, _LN_2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10  # their sum is ln 2 to 32 more bits
 
 
 @numba.njit(cache=True, nogil=True)
 def kinds_of(tables: np.ndarray, kinds: np.ndarray) -> None:
     """kinds uint8 (P,) of tables float64 (P, 5)."""
-    scratch = np.empty(101)
+    likelihood_q, chances = np.empty(104), np.empty(5 * _LANES)
     for p in range(len(kinds)):
-        kinds[p] = interval_kind(tables[p], scratch)
+        kinds[p] = interval_kind(tables[p], likelihood_q, chances)
 
 
 @numba.njit(cache=True, nogil=True)
