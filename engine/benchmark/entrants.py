@@ -241,6 +241,7 @@ def _engine_scans(task: Task) -> Made:
     """Autoencoder and flow of `engine.imaging`, half of the budget each; the caches are left to time as they come."""
     import yaml
 
+    import engine.imaging.train  # noqa: F401  (takes seconds to import, which are not training)
     from engine.atomic import write_text
     from engine.imaging.commands import sample_command, train_command
 

@@ -48,6 +48,9 @@ def base(track: Track, sides: Sides, name: str, seed: int, *, control: bool) -> 
         "lockfile_sha256": provenance.sha256(_LOCKFILE) if _LOCKFILE.is_file() else None,
         "versions": provenance.versions(),
         "machine": devices.machine(),
+        "load_average": round(
+            os.getloadavg()[0], 2
+        ),  # of the last minute; above the cores, times are not to be compared
     }
 
 

@@ -66,7 +66,7 @@ def _track(name: str, records: list[dict[str, Any]]) -> str:
             memory = max(r["entry"]["peak_memory_bytes"] for r in good) / 2**30
             cells = [_cell([_finding(r, c, kind) for r in good]) for c, kind in shown]
             told = [_plain([r["entry"]["declared"].get(key) for r in good]) for key in declared]
-            lines.append(_row([label, f"{len(good)}", *cells, counted, *told, f"{seconds:.3g}", f"{memory:.2g}"]))
+            lines.append(_row([label, f"{len(good)}", *cells, counted, *told, _number(seconds), _number(memory, 2)]))
         for reason in dict.fromkeys(r["reason"] for r in bad):
             seeds = [str(r["seed"]) for r in bad if r["reason"] == reason]
             text = reason.replace("|", "/")
@@ -88,7 +88,7 @@ def _columns(name: str, scored: list[dict[str, Any]]) -> tuple[list[str], list[s
 
 def _facts(records: list[dict[str, Any]], scored: list[dict[str, Any]]) -> list[str]:
     first = records[0]
-    people = ", ".join(f"{count} {side}" for side, count in first["people"].items())
+    people = ", ".join(f"{first['people'][side]} {side}" for side in ("train", "test", "fresh"))
     budgets = sorted({r["entry"]["budget_seconds"] for r in scored if r["entry"]["budget_seconds"]})
     machines = _unique([{"m": f"{r['machine']['cpu']}, {r['machine']['memory_gib']} GiB"} for r in records], "m")
     commits = _unique([{"c": r["commit"][:12] + ("+" if r.get("modified") else "")} for r in records], "c")
@@ -119,15 +119,19 @@ def _cell(findings: list[dict[str, Any] | None]) -> str:
     if not values:
         return "not given"
     mean, interval = over_seeds(values)
-    text = f"{mean:.3g}"
+    text = _number(mean)
     if interval is not None:
-        text += f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+        text += f" [{_number(interval[0])}, {_number(interval[1])}]"
     halves = [
         (f["interval"][1] - f["interval"][0]) / 2
         for f in findings
         if f is not None and f["interval"] and None not in f["interval"]
     ]
-    return text + (f" ± {np.mean(halves):.2g}" if halves else "")
+    return text + (f" ± {_number(float(np.mean(halves)), 2)}" if halves else "")
+
+
+def _number(x: float, digits: int = 3) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
 
 
 def _plain(values: list[float | None]) -> str:
