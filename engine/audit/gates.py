@@ -59,17 +59,18 @@ class Gates:
         scores: Scores,
         unseen: Pool | None = None,
         p_n: NDArray[np.float64] | None = None,
+        nearest: Sequence[NDArray[np.float64]] | None = None,
     ) -> Judged:
         """All gates on `rows`, whose `scores` are those of `search.score`.
 
         Args:
             unseen: real rows that the adversarial accuracy compares with; the holdout where None.
-            p_n: p-values of the scores, where they are known already.
+            p_n, nearest: p-values of the scores, and distances from real rows (`Attackers.judge`), where they are known.
         """
         search = self.search
         judged = judge(search, self.null, scores, p_n)
         holdout = search.holdout if unseen is None else unseen
-        found, curves = self.attackers.judge(rows)
+        found, curves = self.attackers.judge(rows, nearest)
         findings = [*judged.findings, *_aats(search.train, holdout, rows, search.policy, search.seed), *found]
         findings += [finding for more in self.judges for finding in more(name, rows, scores)]
         return Judged(findings, verdict_of(findings), judged.p_n, curves)

@@ -15,7 +15,7 @@ judged here through `membership`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,18 +133,30 @@ class Attackers:
         largest = len(np.unique(np.concatenate(rows_of))) == 1
         return cls(members, nonmembers, logs[0], logs[1], scales[0], scales[1], largest, floor, policy)
 
-    def judge(self, rows: Pool) -> tuple[list[Finding], dict[str, Any]]:
-        """Findings of both model-free attacks by these synthetic rows, and their ROC by name."""
+    def nearest(self, rows: Pool, k: int = 1) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Distances and indices of the k synthetic rows nearest to every member row, and to every non-member row."""
+        database = replace(rows, views=None)
+        return [topk(real, database, min(k, len(rows))) for real in (self.members, self.nonmembers)]
+
+    def judge(
+        self, rows: Pool, nearest: Sequence[NDArray[np.float64]] | None = None
+    ) -> tuple[list[Finding], dict[str, Any]]:
+        """Findings of both model-free attacks by these synthetic rows, and their ROC by name.
+
+        Args:
+            nearest: distance of every member row, and of every non-member row, to its nearest synthetic row, where known.
+        """
         if len(rows) == 0:
             return [], {}
-        database = replace(rows, views=None)
+        if nearest is None:
+            nearest = [distance[:, 0] for distance, _ in self.nearest(rows)]
         distance, density = [], []
         sides = (
             (self.members, self.log_reference_member_n, self.scale_member_n),
             (self.nonmembers, self.log_reference_nonmember_n, self.scale_nonmember_n),
         )
-        for real, log_reference_n, scale_n in sides:
-            log_n = log_distances(topk(real, database, 1)[0][:, 0], self.floor)
+        for (real, log_reference_n, scale_n), nearest_n in zip(sides, nearest, strict=True):
+            log_n = log_distances(nearest_n, self.floor)
             distance.append(per_person(-log_n, real.person, self.largest))
             density.append(per_person((log_reference_n - log_n) / scale_n, real.person, self.largest))
         findings, curves = [], {}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.audit import controls as planted
 from engine.audit.copies import Scores, join
@@ -21,6 +22,8 @@ from engine.audit.intervals import clopper_pearson
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
 from engine.seeding import generator
+
+_KEPT = 8  # nearest synthetic rows that are known of every real one, so that mixtures need no search of their own
 
 
 def power_at_contamination(
@@ -40,6 +43,8 @@ def power_at_contamination(
     people, code_n = np.unique(synthetic.person, return_inverse=True)
     k = max(1, round(policy.contamination * len(people)))
     copy_p = gates.null.p_values(copy_scores)
+    near, near_copies = gates.attackers.nearest(synthetic, _KEPT), gates.attackers.nearest(copies, len(copies))
+    to_copies = [_by_index(*found) for found in near_copies]
     outcomes = []
     for _ in range(policy.contamination_repeats):
         out_n = np.isin(code_n, rng.choice(len(people), k, replace=False))
@@ -50,7 +55,11 @@ def power_at_contamination(
         rows = replace(synthetic, data=data, person=person_n, group=None, views=None)
         mixed = replace(join([scores.select(kept), copy_scores.select(drawn)]), person_n=person_n)
         p_n = np.concatenate([judged.p_n[kept], copy_p[drawn]])
-        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen, p_n))
+        nearest = [
+            np.minimum(_nearest_kept(*found, out_n), copy_nc[:, drawn].min(axis=1))
+            for found, copy_nc in zip(near, to_copies, strict=True)
+        ]
+        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen, p_n, nearest))
     seen = sum(outcome.verdict == "fail" for outcome in outcomes)
     already = "; it fails without any" if judged.verdict == "fail" else ""
     return Finding(
@@ -111,6 +120,21 @@ def planted_copies(gates: Gates) -> tuple[Pool, Scores]:
         search.train, policy.control_rows, policy.control_noise, search.typical_distance, search.seed
     )
     return copies, search.score(copies, "contamination")
+
+
+def _by_index(distance_nk: NDArray[np.float64], index_nk: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distances to all rows of a database, sorted by nearness, in the order of the database."""
+    ordered = np.empty_like(distance_nk)
+    np.put_along_axis(ordered, index_nk, distance_nk, axis=1)
+    return ordered
+
+
+def _nearest_kept(
+    distance_nk: NDArray[np.float64], index_nk: NDArray[np.int64], out_m: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Distance to the nearest row that is not out; where all the known ones are, that of the furthest of them."""
+    nearest_n = np.where(out_m[index_nk], np.inf, distance_nk).min(axis=1)
+    return np.where(np.isinf(nearest_n), distance_nk[:, -1], nearest_n)
 
 
 def _some(pool: Pool, people: int, rng: np.random.Generator) -> np.ndarray:
