@@ -6,6 +6,7 @@ refused. What the samples are worth is left to `scores`.
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -103,10 +104,8 @@ def read_entry(folder: str | Path, track: str | None = None) -> Entered:
         raise InputError(f"{key}: {fault['msg']}", where=path) from None
     if track is not None and entry.track != track:
         raise InputError(f"an entry of track '{track}'", f"'{entry.track}'", path)
-    inside = PurePosixPath(entry.samples)
-    if inside.is_absolute() or ".." in inside.parts or "\\" in entry.samples:
-        raise InputError("samples inside the entry's folder", f"'{entry.samples}'", path)
-    samples = folder / inside
+    _check_inside(entry.samples, path)
+    samples = folder / entry.samples
     for part in (samples, *samples.parents):
         if part == folder:
             break
@@ -117,11 +116,18 @@ def read_entry(folder: str | Path, track: str | None = None) -> Entered:
     return Entered(entry, folder, samples, sample_files(samples))
 
 
+def _check_inside(name: str, where: object) -> None:
+    """Raise InputError unless `name` is a relative path that stays inside its folder."""
+    inside = PurePosixPath(name)
+    if not name or inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name:
+        raise InputError("samples inside the entry's folder", f"'{name}'", where)
+
+
 def sample_files(samples: Path) -> list[dict]:
     """Path, size and SHA-256 of every file of the samples; of a .pgen with the .pvar and .psam beside it.
 
     Raises:
-        InputError: a symbolic link among them, or no file at all.
+        InputError: a symbolic link among them, no file at all, or a table that names a file outside.
     """
     files = hash_files(samples)
     if samples.suffix == ".pgen":
@@ -129,6 +135,15 @@ def sample_files(samples: Path) -> list[dict]:
             files += hash_files(samples.with_suffix(suffix))
     if not files:
         raise InputError("samples", "an empty folder", samples)
+    table = samples / "volumes.csv"
+    if table.is_file():
+        try:
+            with table.open(newline="", encoding="utf-8-sig") as stream:
+                rows = list(csv.DictReader(stream))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError("a CSV table of scans", " ".join(str(error).split())[:120], table) from None
+        for number, row in enumerate(rows, start=2):
+            _check_inside(row.get("image") or "", f"{table} row {number}")
     return files
 
 

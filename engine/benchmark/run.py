@@ -171,6 +171,13 @@ def _judged(
         return records.scored(made, entered, score(track, sides, entered.samples), measured=measured)
     except EngineError as error:
         return records.failed(made, _plain_reason(error), budget_seconds=allowed)
+    except Exception as error:  # samples of a stranger must not end the comparison of all others
+        said = f"scoring raised {type(error).__name__}: {_without_paths(str(error))}"
+        return records.failed(made, said, budget_seconds=allowed)
+
+
+def _without_paths(text: str) -> str:
+    return re.sub(r"\S*/\S*", "...", " ".join(text.split()))[:300]
 
 
 def _plain_reason(error: EngineError) -> str:
@@ -204,4 +211,4 @@ def run_limited(command: Sequence[str], limit_seconds: float, threads: int) -> s
     if child.returncode < 0:
         return f"ended by signal {-child.returncode}"
     last = (errors.strip().splitlines() or ["no message"])[-1]
-    return f"exit code {child.returncode}: " + re.sub(r"\S*/\S*", "...", last)[:300]
+    return f"exit code {child.returncode}: {_without_paths(last)}"

@@ -93,3 +93,18 @@ def test_links_are_refused(folder: Path, tmp_path: Path) -> None:
     change(folder, samples="linked/x.nii")
     with pytest.raises(InputError, match="symbolic link"):
         read_entry(folder)
+
+
+def test_a_table_of_scans_cannot_name_files_elsewhere(folder: Path) -> None:
+    (folder / "scans").mkdir()
+    table = folder / "scans" / "volumes.csv"
+    change(folder, samples="scans")
+    table.write_text("image,subject\na.nii.gz,SYN0\n")
+    assert read_entry(folder).files[0]["path"] == "volumes.csv"
+    for name in ("../made.bcf", "/etc/hostname", ""):
+        table.write_text(f"image,subject\na.nii.gz,SYN0\n{name},SYN1\n")
+        with pytest.raises(InputError, match="row 3"):
+            read_entry(folder)
+    table.write_bytes(b"image,subject\n\xff.nii.gz,SYN0\n")
+    with pytest.raises(InputError, match="CSV"):
+        read_entry(folder)
