@@ -35,7 +35,7 @@ from engine.audit.judge import copy_share
 from engine.audit.membership import membership
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
-from engine.genomics.attacks import frequency_attack
+from engine.genomics.attacks import ATTACKS, frequency_attack
 from engine.genomics.relatedness import THRESHOLDS, Resolution, genotypes_of_haplotypes, largest_kinship
 from engine.kernels import nearest
 from engine.seeding import generator
@@ -141,7 +141,7 @@ def _kin_share(
     found, natural = int((kin_s >= above).sum()), int((kin_h >= above).sum())
     chance = lambda k: float(stats.hypergeom.sf(k - 1, n_s + n_h, k + natural, n_s))  # noqa: E731
     allowed, verdict = n_s, cast(Verdict, "none")
-    why = f"not judged: {len(resolved.site_l)} independent sites in {resolved.stretches} stretches of 10 Mb do not show it"
+    why = f"not judged: {len(resolved.site_l)} independent sites on {10 * resolved.stretches} Mb do not show it"
     if limit is not None:
         allowed = next((k - 1 for k in range(n_s + 1) if chance(k) < policy.alpha / gates), n_s)
         verdict = "fail" if found > allowed else "pass"
@@ -297,7 +297,7 @@ def private_judge(train: Pool, holdout: Pool, policy: AuditPolicy, seed: int) ->
         error_p = np.sqrt(private_p * rate * (1 - rate))
         surplus_p = np.divide(shown_p - private_p * rate, error_p, out=np.zeros_like(error_p), where=error_p > 0)
         told = membership(
-            surplus_p[:members], surplus_p[members:], policy=policy, name="private_alleles",
+            surplus_p[:members], surplus_p[members:], policy=policy, name="private_alleles", gates=1 + ATTACKS,
             calibrated_on="holdout people, by their own private alleles", note="private alleles that show up",
         )[0]  # fmt: skip
         return [shown, *told]

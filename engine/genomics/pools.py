@@ -145,8 +145,7 @@ def check_sides(
     )
     if level is None:
         note = (
-            f"not judged: {len(resolved.site_l)} independent sites in {resolved.stretches} stretches of 10 Mb "
-            "do not show kinship"
+            f"not judged: {len(resolved.site_l)} independent sites on {10 * resolved.stretches} Mb do not show kinship"
         )
         return resolved, [*findings, _kin(math.nan, {"pairs": across}, note)]
     known = [genotypes_of_panel(panel, resolved.site_l) for panel in (train, holdout)]
