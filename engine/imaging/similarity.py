@@ -175,21 +175,19 @@ def register(fixed: Volume, moving: Volume, *, motion: Motion = "rigid", mirror:
         )
     extent = extent_mm(fixed)
     sizes = _pyramid(a.shape)
-    sides = (False, True) if mirror else (False,)
-    images = [torch.from_numpy(np.stack([b, b[::-1]] if mirror else [b])), torch.from_numpy(a)[None]]
-    best: tuple[float, bool, Tensor, float] | None = None
-    for k, side in enumerate(sides):
-        matrix_s44 = _starts()
-        for level, size in enumerate([sizes[0], *sizes]):
-            image, target = (coarser(x[None], size)[0, 0] for x in (images[0][k : k + 1], images[1]))
-            steps = ((0, *_ITERATIONS) + _ITERATIONS[-1:] * len(sizes))[level]
-            matrix_s44, score_s, overlap_s = _refine(target, image, extent, matrix_s44, motion, steps)
-            order = score_s.argsort(descending=True, stable=True)[: (_KEPT + _KEPT[-1:] * len(sizes))[level]]
-            matrix_s44, score_s, overlap_s = matrix_s44[order], score_s[order], overlap_s[order]
-        if best is None or float(score_s[0]) > best[0]:
-            best = float(score_s[0]), side, matrix_s44[0], float(overlap_s[0])
-    assert best is not None
-    return Registration(best[2].numpy(), best[1], best[3], best[0])
+    images_vdhw = torch.from_numpy(np.stack([b, b[::-1]] if mirror else [b]))  # as it is and mirrored
+    matrix_s44 = _starts().repeat(len(images_vdhw), 1, 1)
+    version_s = torch.arange(len(images_vdhw)).repeat_interleave(len(_starts()))
+    for level, size in enumerate([sizes[0], *sizes]):  # the first time to choose among the starts
+        target, images = coarser(torch.from_numpy(a)[None, None], size)[0, 0], coarser(images_vdhw[None], size)[0]
+        steps = ((0, *_ITERATIONS) + _ITERATIONS[-1:] * len(sizes))[level]
+        matrix_s44, score_s, overlap_s = _refine(target, images[version_s], extent, matrix_s44, motion, steps)
+        order = score_s.argsort(descending=True, stable=True)
+        kept = (_KEPT + _KEPT[-1:] * len(sizes))[level]
+        order = torch.cat([order[version_s[order] == v][:kept] for v in range(len(images_vdhw))])
+        matrix_s44, score_s, overlap_s, version_s = (x[order] for x in (matrix_s44, score_s, overlap_s, version_s))
+    best = int(score_s.argmax())
+    return Registration(matrix_s44[best].numpy(), bool(version_s[best]), float(overlap_s[best]), float(score_s[best]))
 
 
 def moved(moving: Volume, registration: Registration) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -209,7 +207,7 @@ def move(image_dhw: Tensor, extent: Tensor, matrix_s44: Tensor) -> tuple[Tensor,
     """
     size = image_dhw.shape
     points, half = _points(tuple(size), extent)
-    found, inside = _sample(image_dhw[None], points, half, matrix_s44)
+    found, inside = _sample(image_dhw[None, None].expand(len(matrix_s44), -1, -1, -1, -1), points, half, matrix_s44)
     return found[:, 0].view(-1, *size), inside.view(-1, *size)
 
 
@@ -338,35 +336,34 @@ def _points(size: tuple[int, ...], extent: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 3).float(), half.clamp(min=1e-6).float()
 
 
-def _sample(image_cdhw: Tensor, point_n3: Tensor, half_mm: Tensor, matrix_s44: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (s, c, n) of the image at the moved points, trilinear, and whether each lies inside (s, n)."""
+def _sample(image_scdhw: Tensor, point_n3: Tensor, half_mm: Tensor, matrix_s44: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (s, c, n) of the images at the moved points, trilinear, and whether each lies inside (s, n)."""
     matrix = matrix_s44.float()
     at = (point_n3 @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]) / half_mm
     inside = (at.abs() <= 1.0 + 1e-5).all(dim=-1)
     grid = at.flip(-1)[:, :, None, None]
-    image = image_cdhw[None].expand(len(matrix), -1, -1, -1, -1)
-    found = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    found = F.grid_sample(image_scdhw, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return found[..., 0, 0], inside
 
 
 def _refine(
-    target_dhw: Tensor, image_dhw: Tensor, extent: Tensor, matrix_s44: Tensor, motion: Motion, iterations: int
+    target_dhw: Tensor, image_sdhw: Tensor, extent: Tensor, matrix_s44: Tensor, motion: Motion, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Damped Gauss-Newton steps on every start: matrices, their NCC (-1 below the least overlap) and overlap.
+    """Damped Gauss-Newton steps on every start, each with its image: matrices, NCC (-1 below the least overlap), overlap.
 
     The target is regressed on the moved image, its change along every direction of motion, and 1: the coefficients of the
     changes over that of the image are the step, and brightness and contrast drop out.
     """
-    size = tuple(image_dhw.shape)
+    size = tuple(target_dhw.shape)
     points, half = _points(size, extent)
     spacing = (extent / torch.tensor(size)).tolist()
-    image_cdhw = torch.stack([image_dhw, *torch.gradient(image_dhw, spacing=spacing)])
+    image_scdhw = torch.stack([image_sdhw, *torch.gradient(image_sdhw, spacing=spacing, dim=(1, 2, 3))], dim=1)
     basis = _generators(motion)
     along = torch.einsum("kij,nj->kni", basis[:, :3, :3].float(), points) + basis[:, None, :3, 3].float()
     target = target_dhw.reshape(-1)
 
     def look(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found, inside = _sample(image_cdhw, points, half, matrix)
+        found, inside = _sample(image_scdhw, points, half, matrix)
         weight = inside.float()
         total = weight.sum(dim=1, keepdim=True).clamp(min=1.0)
         overlap = weight.mean(dim=1)
