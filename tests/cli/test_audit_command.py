@@ -11,6 +11,10 @@ from engine.audit import Pool
 from engine.audit.copies import Scores
 from engine.audit.store import write_store
 from engine.errors import InputError, UsageError
+from engine.genomics import run_folder
+from engine.genomics.li_stephens import LiStephensConfig, fit
+from engine.genomics.panel import panel_from_alleles, read_panel, write_panel
+from engine.genomics.pools import haplotype_pool
 from engine.release.audit_run import _named, audit_files, load_pools
 
 POLICY = "control_rows: 40\ncontamination_repeats: 4\nhonest_repeats: 2\nsubsets: 2\n"
@@ -95,6 +99,45 @@ def test_judges_see_the_ids_they_were_made_with(tmp_path):
     assert seen["fresh_real"] == (["holdout2", "holdout3"],) * 2
     assert seen["synthetic"] == (list("wxyz"),) * 2
     assert seen["copycat"] == (list("wxyz"),) * 2
+
+
+def mosaics(rng, people, sites=400):
+    """Alleles (sites, 2 people): mosaics of common founders with a little mutation."""
+    founders = (np.random.default_rng(3).random((60, sites)) < 0.3).astype(np.uint8)
+    rows = founders[np.repeat(rng.integers(0, 60, (2 * people, sites // 20)), 20, axis=1), np.arange(sites)]
+    return (rows ^ (rng.random(rows.shape) < 0.02)).T.astype(np.uint8)
+
+
+def test_panels_with_groups_and_with_the_model(tmp_path):
+    """A person table gives groups; a copying model that leaves the building gives its people away, its samples need not."""
+    rng = np.random.default_rng(4)
+    for side, n in (("train", 90), ("holdout", 80), ("synthetic", 60)):
+        ids = [f"{side[0]}{i}" for i in range(n)]
+        panel = panel_from_alleles(mosaics(rng, n), 1_000 + 500 * np.arange(400), "21", ids)
+        write_panel(panel, tmp_path / f"{side}.bcf")
+    run_folder.save(fit(read_panel(tmp_path / "train.bcf"), LiStephensConfig(ne=20_000)), tmp_path / "run")
+    sides = [tmp_path / f"{side}.bcf" for side in ("train", "holdout", "synthetic")]
+    every = [f"{side}{i}" for side, n in (("t", 90), ("h", 80), ("s", 60)) for i in range(n)]
+    table = tmp_path / "people.csv"
+    table.write_text("\n".join(["id,person,group", *(f"{key},{key},{'AB'[int(key[1:]) % 2]}" for key in every)]))
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    rules = {"policy": tmp_path / "policy.yaml", "people": table}
+    made = audit_files(*sides, tmp_path / "a", **rules)
+    found = {finding["name"]: finding for finding in made["findings"]}
+    assert made["verdict"] == "pass", made["reasons"]
+    assert set(found["authenticity"]["detail"]["by_group"]) == {"A", "B"}
+    assert set(found["copy_share_at_5_percent"]["detail"]["by_group"]) == {"A", "B"}
+    made = audit_files(*sides, tmp_path / "b", model=tmp_path / "run", **rules)
+    assert made["verdict"] == "fail"
+    assert any("membership_auc_model_likelihood" in reason for reason in made["reasons"])
+
+    pool = haplotype_pool(read_panel(sides[0]))
+    write_store(pool, tmp_path / "store")
+    kind, pools, _, judges = load_pools(tmp_path / "store", *sides[1:])  # a store beside panels
+    assert (kind, judges) == ("haplotypes", [])
+    assert np.array_equal(pools["train"].data, pool.data)
+    assert pools["holdout"].people == 80
+    assert pools["synthetic"].position_bp.tolist() == pool.position_bp.tolist()
 
 
 def test_inputs_that_do_not_fit_are_refused(stores, tmp_path):
