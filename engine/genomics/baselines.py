@@ -39,7 +39,7 @@ class SiteChain:
     """Sites drawn one after another, each given at most the site before; one chain per group of people.
 
     Attributes:
-        panel: sites, contigs and build are taken from it; its alleles are not kept in use after the fit.
+        panel: what was fitted; samples take its sites, contigs and build.
         order: 0 (independent sites) or 1 (Markov chain).
         group_names, share_g: groups and their shares of the panel's haplotypes, float64 (G,).
         p_glv: float64 (G, L, 2): probability of ALT at a site given allele v at the site before. At the first site of a

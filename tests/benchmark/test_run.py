@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from engine.benchmark import records
 from engine.benchmark.entrants import enter
 from engine.benchmark.run import run_limited, score_entries
-from engine.benchmark.scores import score
 from engine.benchmark.verify import verify
 from engine.cli import app
 from engine.errors import InputError, UsageError
@@ -128,6 +127,18 @@ def test_verify_names_a_tampered_sample_and_a_tampered_figure(copied: Path, geno
     )
     assert said.exit_code == 3
     assert "line 1: ld_r value" in said.output
+
+
+def test_verify_survives_a_mangled_record(copied: Path, genotype_track) -> None:
+    track, data = genotype_track
+    lines = (copied / "records.jsonl").read_text().splitlines()
+    mangled = [json.loads(line) for line in lines[:2]]
+    del mangled[0]["audit"]
+    mangled[1]["findings"][0]["interval"] = "wide"
+    (copied / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in mangled))
+    result = verify(copied / "records.jsonl", data, track_file=track)
+    assert {(1, "record"), (2, "ld_r interval")} <= {(d["line"], d["what"]) for d in result["differences"]}
+    assert result["verified"] == 0
 
 
 def test_verify_makes_samples_again_where_asked(copied: Path, genotype_track) -> None:
@@ -243,4 +254,4 @@ def test_usage(genotype_sides, genotype_track, tmp_path: Path) -> None:
         run(genotype_track[0], genotype_track[1], tmp_path / "y", budget_seconds=0)
     assert not (tmp_path / "y").exists()
     enter(track, "hapnest", sides, tmp_path / "h", seed=0, budget_seconds=1)
-    assert score(track, sides, tmp_path / "h" / "samples.bcf").n["samples"] == 56
+    assert read_panel(tmp_path / "h" / "samples.bcf").n_haplotypes == 56

@@ -21,7 +21,7 @@ def entered(scan_sides, tmp_path_factory) -> Path:
     track, sides = scan_sides
     out = tmp_path_factory.mktemp("entries")
     for name in ("ceiling", "copycat", "marginals", "monai_ldm"):
-        enter(track, name, sides, out / name, seed=0, budget_seconds=2)
+        enter(track, name, sides, out / name, seed=0, budget_seconds=0.5)
     return out
 
 
