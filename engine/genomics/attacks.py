@@ -14,7 +14,7 @@ same attack on the frequencies of the training set itself is the most that any r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -122,7 +122,7 @@ def _dosages(pool: Pool, site_l: NDArray[np.int64], ploidy: int) -> NDArray[np.u
     )
 
 
-def _unpacked(pool: Pool, site_l: NDArray[np.int64]):  # type: ignore[no-untyped-def]
+def _unpacked(pool: Pool, site_l: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
     """Alleles of the rows at these sites, an even number of rows at a time: uint8 (N, sites)."""
     length = pool.length or 64 * pool.data.shape[1]
     step = 2 * max(1, _BLOCK_BYTES // (2 * length))

@@ -18,6 +18,7 @@ Verdicts are left to `engine.audit.membership`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,8 @@ from engine.genomics.li_stephens import LiStephens
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import HaplotypePanel
 from engine.kernels import bits
+
+Score = Callable[[HaplotypePanel], NDArray[np.float64]]  # nats of each haplotype
 
 _SYNTHETIC_PEOPLE, _SITES = 1000, 20_000  # that an attacker with samples only makes a model of, in the audit
 
@@ -139,7 +142,7 @@ def samples_membership(
     return [replace(finding, verdict="none") for finding in found]
 
 
-def _copying(model: LiStephens, known: HaplotypePanel):  # type: ignore[no-untyped-def]
+def _copying(model: LiStephens, known: HaplotypePanel) -> Score:
     """Scores under the model's class and settings over other people, at the model's sites and genetic distances."""
     _, known_l = common_sites({"model": model.sites, "holdout": known.sites})
     known = replace(known.select(sites=known_l), sites=model.sites)
@@ -149,7 +152,7 @@ def _copying(model: LiStephens, known: HaplotypePanel):  # type: ignore[no-untyp
     return replace(other, distance_l=model.distance_l, mismatch_l=model.mismatch_l).log_likelihood
 
 
-def _independent(model: LiStephens, known: HaplotypePanel):  # type: ignore[no-untyped-def]
+def _independent(model: LiStephens, known: HaplotypePanel) -> Score:
     """Scores under independent sites with the frequencies of other people."""
     _, known_l = common_sites({"model": model.sites, "holdout": known.sites})
     count_l = bits.popcount_rows(np.ascontiguousarray(known.bits_lw[known_l]))
