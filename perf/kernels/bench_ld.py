@@ -7,6 +7,8 @@ changes slowly (a few move at each site), and neighbouring sites share runs. pli
 
 from __future__ import annotations
 
+import filecmp
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from perf.peers import (
     missing_package,
     missing_program,
     plink_command,
+    run_program,
     write_bed,
     write_pgen,
 )  # fmt: skip
@@ -71,6 +74,8 @@ def cases() -> list[Case]:
         _decay(20_000, HAPLOTYPES),
         _score(50_000, HAPLOTYPES, 1_000),
         _blocks(4_000, HAPLOTYPES),
+        _file(10_000, HAPLOTYPES, 2),
+        _file(10_000, 50_000, 10, quick=False),
     ]
 
 
@@ -347,4 +352,33 @@ def _blocks(sites: int, n: int) -> Case:
     return Case(
         "ld.blocks", {"sites": sites, "haplotypes": n}, float(sites), "sites", lambda: panel(sites, n),
         lambda bits_lw: ld.blocks(bits_lw, n, position_bp, unphased=True), (peer,), sites * n / 8,
+    )  # fmt: skip
+
+
+def _file(sites: int, n: int, goal: float, *, quick: bool = True) -> Case:
+    """From PGEN to a file of the triangle, whole processes of ours and of plink2, with all they import, read and write."""
+
+    def ours(prefix: Path) -> Timed:
+        out = prefix.with_name("ours.bin")
+        out.unlink(missing_ok=True)
+        spent = run_program(
+            [sys.executable, "-m", "engine", "ld", f"{prefix}.pgen", "--unphased", "--triangle", "--out", out]
+        )
+        return Timed(spent.user_seconds + spent.system_seconds, out, "whole process", spent.peak_bytes)
+
+    def plink2(prefix: Path) -> Timed:
+        command = ("--pfile", prefix, "--r2-unphased", "bin4", "triangle", "ref-based", "--out", prefix)
+        spent = run_program(plink_command("plink2", *command))
+        seconds = spent.user_seconds + spent.system_seconds
+        return Timed(seconds, Path(f"{prefix}.unphased.vcor2.bin"), "whole process", spent.peak_bytes)
+
+    def same(ours: Path, theirs: Path) -> None:
+        assert filecmp.cmp(ours, theirs, shallow=False)
+
+    missing = lambda: missing_program("plink2", "r2-unphased")  # noqa: E731
+    return Case(
+        "ld.triangle_file", {"sites": sites, "haplotypes": n}, sites * (sites - 1) / 2, "pairs",
+        lambda: _pgen(n)(panel(sites, n)) / "x", ours,
+        (Peer("plink2 --r2-unphased, whole process", plink2, None, same, goal, missing),),
+        2.0 * sites * sites + sites * n / 8, quick=quick,
     )  # fmt: skip

@@ -28,9 +28,9 @@ def volume(shape: tuple[int, int, int]) -> np.ndarray:
 
 def cases() -> list[Case]:
     return [
-        blend((256, 256, 256), goal=2.9),
+        blend((256, 256, 256), goal=2.5),
         blend((256, 256, 256), goal=1.4, threads=2),
-        blend(_LARGE, goal=2.9, quick=False),
+        blend(_LARGE, goal=2.5, quick=False),
         gather(32, 256, goal=8.0),
         gather(96, 24),
     ]
