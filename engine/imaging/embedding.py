@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import seeding
 from engine.errors import InputError
-from engine.imaging.similarity import coarser, extent_mm, move, turn
+from engine.imaging.similarity import coarser, extent_mm, move, one_thread, turn
 from engine.imaging.volume import Volume
 
 GRIDS = ((8, 8, 8), (16, 16, 16))
@@ -57,14 +57,16 @@ def views(volumes: Sequence[Volume]) -> np.ndarray:
             degrees[axis] = sign * TURN_DEGREES
             turns.append(turn(degrees))
     made = np.empty((VIEWS, len(volumes), DIMENSIONS), dtype=np.float32)
-    for k, volume in enumerate(volumes):
-        image = _image(volume, k)
-        made[0, k] = _features(image.flip(0)[None])[0]
-        coarse = coarser(image[None, None], [min(n, _TURNED_FROM) for n in image.shape])[0, 0]
-        for first, side in ((1, coarse), (7, coarse.flip(0))):
-            turned, _ = move(side, extent_mm(volume), torch.stack(turns))
-            made[first : first + 6, k] = _features(turned)
+    with one_thread():
+        for k, volume in enumerate(volumes):
+            made[:, k] = _views(_image(volume, k), extent_mm(volume), torch.stack(turns))
     return made
+
+
+def _views(image: Tensor, extent: Tensor, turns: Tensor) -> np.ndarray:
+    coarse = coarser(image[None, None], [min(n, _TURNED_FROM) for n in image.shape])[0, 0]
+    turned = [move(side, extent, turns)[0] for side in (coarse, coarse.flip(0))]
+    return np.concatenate([_features(image.flip(0)[None]), *(_features(x) for x in turned)])
 
 
 def _image(volume: Volume, position: int) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -174,20 +175,8 @@ def register(fixed: Volume, moving: Volume, *, motion: Motion = "rigid", mirror:
             "registration",
         )
     extent = extent_mm(fixed)
-    sizes = _pyramid(a.shape)
-    images_vdhw = torch.from_numpy(np.stack([b, b[::-1]] if mirror else [b]))  # as it is and mirrored
-    matrix_s44 = _starts().repeat(len(images_vdhw), 1, 1)
-    version_s = torch.arange(len(images_vdhw)).repeat_interleave(len(_starts()))
-    for level, size in enumerate([sizes[0], *sizes]):  # the first time to choose among the starts
-        target, images = coarser(torch.from_numpy(a)[None, None], size)[0, 0], coarser(images_vdhw[None], size)[0]
-        steps = ((0, *_ITERATIONS) + _ITERATIONS[-1:] * len(sizes))[level]
-        matrix_s44, score_s, overlap_s = _refine(target, images[version_s], extent, matrix_s44, motion, steps)
-        order = score_s.argsort(descending=True, stable=True)
-        kept = (_KEPT + _KEPT[-1:] * len(sizes))[level]
-        order = torch.cat([order[version_s[order] == v][:kept] for v in range(len(images_vdhw))])
-        matrix_s44, score_s, overlap_s, version_s = (x[order] for x in (matrix_s44, score_s, overlap_s, version_s))
-    best = int(score_s.argmax())
-    return Registration(matrix_s44[best].numpy(), bool(version_s[best]), float(overlap_s[best]), float(score_s[best]))
+    with one_thread():
+        return _search(a, b, extent, motion, mirror)
 
 
 def moved(moving: Volume, registration: Registration) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -211,6 +200,18 @@ def move(image_dhw: Tensor, extent: Tensor, matrix_s44: Tensor) -> tuple[Tensor,
     return found[:, 0].view(-1, *size), inside.view(-1, *size)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread: the tensors here are small, and on a busy machine threads that wait for each other took
+    twenty times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def coarser(x_bcdhw: Tensor, size: Sequence[int]) -> Tensor:
     """Means over `size` equal parts of the field of view."""
     d, h, w = size
@@ -229,6 +230,25 @@ def extent_mm(volume: Volume) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------ p
+
+
+def _search(
+    a: NDArray[np.float32], b: NDArray[np.float32], extent: Tensor, motion: Motion, mirror: bool
+) -> Registration:
+    sizes = _pyramid(a.shape)
+    images_vdhw = torch.from_numpy(np.stack([b, b[::-1]] if mirror else [b]))  # as it is and mirrored
+    matrix_s44 = _starts().repeat(len(images_vdhw), 1, 1)
+    version_s = torch.arange(len(images_vdhw)).repeat_interleave(len(_starts()))
+    for level, size in enumerate([sizes[0], *sizes]):  # the first time to choose among the starts
+        target, images = coarser(torch.from_numpy(a)[None, None], size)[0, 0], coarser(images_vdhw[None], size)[0]
+        steps = ((0, *_ITERATIONS) + _ITERATIONS[-1:] * len(sizes))[level]
+        matrix_s44, score_s, overlap_s = _refine(target, images[version_s], extent, matrix_s44, motion, steps)
+        order = score_s.argsort(descending=True, stable=True)
+        kept = (_KEPT + _KEPT[-1:] * len(sizes))[level]
+        order = torch.cat([order[version_s[order] == v][:kept] for v in range(len(images_vdhw))])
+        matrix_s44, score_s, overlap_s, version_s = (x[order] for x in (matrix_s44, score_s, overlap_s, version_s))
+    best = int(score_s.argmax())
+    return Registration(matrix_s44[best].numpy(), bool(version_s[best]), float(overlap_s[best]), float(score_s[best]))
 
 
 def _check_shapes(*arrays: NDArray | None) -> None:
