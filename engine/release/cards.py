@@ -198,7 +198,9 @@ def _table(findings: Sequence[Mapping[str, Any]]) -> list[str]:
             "" if finding.get(key) is None else f"{finding[key]:.3g}" for key in ("value", "floor", "threshold")
         )
         n = finding.get("n")
-        count = ", ".join(f"{v} {k}" for k, v in n.items()) if isinstance(n, Mapping) else str(n or "")
+        count = (
+            ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in n.items()) if isinstance(n, Mapping) else str(n or "")
+        )
         verdict = {"none": "described"}.get(str(finding["verdict"]), finding["verdict"])
         lines.append(f"| {finding['name']} | {value} | {interval} | {count} | {floor} | {limit} | {verdict} |")
     return lines

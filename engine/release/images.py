@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine import seeding
 from engine.audit import AuditResult, Pool
+from engine.release.covariates import read_rows, side_by_side
 from engine.release.report import Section
 
 SHOWN = 8  # volumes in a row
@@ -94,7 +95,8 @@ def scans_side_by_side(train: Path, synthetic: Path, seed: int = 0) -> Section:
 def internal_sections(
     kind: str, result: AuditResult, pools: dict[str, Pool], train: Path, synthetic: Path, seed: int = 0
 ) -> list[Section]:
-    """Internal: what `engine audit` adds to its own report: suspects beside their neighbours, and scans at random.
+    """Internal: what `engine audit` adds to its own report: suspects beside their neighbours, scans at random,
+    and covariates.
 
     Args:
         kind: "scans", "genotypes" or another (an embedding store of features has no picture); pools: "train" and
@@ -106,9 +108,12 @@ def internal_sections(
         rows = [len(folder_paths(path)[0]) for path in (train, synthetic)]
         if rows != [len(pools["train"]), len(pools["synthetic"])]:
             return []  # some scans were left out of the audit: a row is no longer a place in the folder
+        tables = [path if path.suffix == ".csv" else path / "volumes.csv" for path in (train, synthetic)]
+        people = side_by_side(*(read_rows(table) for table in tables)) if all(t.is_file() for t in tables) else []
         return [
             suspect_section(kind, result, pools, train, synthetic),
             scans_side_by_side(train, synthetic, seed),
+            *people,
         ]
     if pools["synthetic"].kind == "bits":
         return [suspect_section("genotypes", result, pools, train, synthetic)]

@@ -8,21 +8,16 @@ which membership attacks use, stay inside.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.audit.findings import Finding
+from engine.release.covariates import read_rows, section_of
 from engine.release.evaluation import spectrum
 from engine.release.images import synthetic_slices
-from engine.release.report import Section, Table, sections_of_audit, summary_of, write_report
-
-LEAST = 5  # people behind every count of a covariate that is printed
-_MOST_LEVELS = 12
+from engine.release.report import Section, sections_of_audit, summary_of, write_report
 
 
 def write_public_report(
@@ -67,47 +62,17 @@ def finding_of(found: Mapping[str, Any]) -> Finding:
 
 
 def covariates(folder: Path, manifest: Mapping[str, Any]) -> list[Section]:
-    """One table a released CSV or TSV: what the columns hold, people's ids and file names left out."""
-    tables = []
+    """What the columns of every released CSV and TSV, and of BIDS' participants, hold."""
     names = [str(entry["path"]) for entry in manifest["files"]]
     names += [p.relative_to(folder).as_posix() for p in (folder / "data").glob("participants.tsv")]
-    for name in dict.fromkeys(n for n in names if n.lower().endswith((".csv", ".tsv"))):
-        with (folder / name).open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t" if name.lower().endswith(".tsv") else ","))
-        lines = [line for column in (rows[0] if rows else {}) if (line := _summary(column, rows))]
-        if lines:
-            caption = f"{name.removeprefix('data/')}, {len(rows)} rows"
-            tables.append(Table(caption, ("Column", "Rows with a value", "What it holds"), lines))
-    if not tables:
-        return []
-    text = f"All of them synthetic. Levels with fewer than {LEAST} rows are not told apart."
-    return [Section("Covariates", text, tables=tables)]
-
-
-def _summary(column: str, rows: Sequence[Mapping[str, str]]) -> tuple[str, int, str] | None:
-    """A column in a line; None for ids and file names, where nearly every row has a value of its own."""
-    cells = [text for row in rows if (text := row.get(column) or "") not in ("", "n/a")]
-    if not cells:
-        return None
-    try:
-        values = np.array([float(text) for text in cells])
-    except ValueError:
-        levels: dict[str, int] = {}
-        for text in cells:
-            levels[text] = levels.get(text, 0) + 1
-        if len(levels) > _MOST_LEVELS:
-            return None
-        often = {text: n for text, n in sorted(levels.items()) if n >= LEAST}
-        rest = len(cells) - sum(often.values())
-        said = [f"{text} {n}" for text, n in often.items()] + ([f"other {rest}"] if rest else [])
-        return column, len(cells), ", ".join(said)
-    spread = f"mean {values.mean():.3g}, standard deviation {values.std():.3g}" if len(values) > 1 else "one value"
-    low, high = np.quantile(values, [0.05, 0.95])
-    return column, len(cells), f"{spread}, 5th to 95th percentile {low:.3g} to {high:.3g}"
+    tables = [name for name in dict.fromkeys(names) if name.lower().endswith((".csv", ".tsv"))]
+    return section_of([(name.removeprefix("data/"), read_rows(folder / name)) for name in tables])
 
 
 def _scans(folder: Path, manifest: Mapping[str, Any]) -> list[Section]:
-    paths = [folder / entry["path"] for entry in manifest["files"] if ".nii" in entry["path"].lower()]
+    files = [folder / entry["path"] for entry in manifest["files"]]
+    paths = [path for path in files if ".nii" in path.name.lower()]
+    paths += sorted({path.parent for path in files if path.name.lower().endswith(".dcm")})
     if not paths:
         return []
     text = "Drawn at random from the released files, not chosen."
@@ -118,7 +83,7 @@ def _quality(record: Mapping[str, Any]) -> Section:
     findings = [finding_of(found) for found in record["findings"]]
     figures: dict[str, Any] = {}
     if "ld_decay" in record["figures"]:
-        figures["ld_decay"] = record["figures"]["ld_decay"]
+        figures["ld_decay"] = {**record["figures"]["ld_decay"], "title": "Linkage disequilibrium"}
     if "sfs" in record["figures"]:
         figures["spectrum"] = spectrum(record["figures"]["sfs"])
     return Section(

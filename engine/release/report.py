@@ -50,6 +50,15 @@ _LABELS = {
     "nearer_train_share": "Nearer to training than to unseen people",
     "power_at_contamination": "Power to see a few copies",
     "audit_false_positive_rate": "Honest sets that the audit convicts",
+    "frechet_shape": "Fréchet distance, shape",
+    "frechet_texture": "Fréchet distance, texture",
+    "kid_shape": "Kernel distance, shape",
+    "intensity_w1": "Distance of intensities (W1)",
+    "gradient_w1": "Distance of gradients (W1)",
+    "block_mean_w1": "Distance of regional means (W1)",
+    "sharpness_ratio": "Sharpness, synthetic over real",
+    "pair_ssim": "Likeness within the set (SSIM)",
+    "sfs_error": "Error of the site-frequency spectrum",
     "authenticity": "Authentic samples",
     "c_t": "Nearer to training than unseen people, cell by cell (C_T)",
     "precision": "Precision",
@@ -196,7 +205,7 @@ def sections_of_audit(audit: Mapping[str, Any], findings: Sequence[Finding]) -> 
     pictures: dict[str, dict[str, Any]] = {part: {} for part in ("copies", "membership", "power", "fidelity")}
     if "rho" in drawn:
         shown = {name: s for name, s in drawn["rho"]["shares"].items() if name in ("real, unseen", "synthetic")}
-        pictures["copies"]["rho"] = {**drawn["rho"], "shares": shown}
+        pictures["copies"]["rho"] = {**drawn["rho"], "shares": shown, "title": "Distances"}
     if drawn.get("membership"):
         pictures["membership"]["roc_membership"] = {
             "kind": "roc",

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from engine.release.covariates import LEAST, side_by_side, summaries
 from engine.release.manifest import release
-from engine.release.public_report import LEAST, covariates, finding_of
+from engine.release.public_report import covariates, finding_of
 
 SFS = {
     "minor_count_low": [1, 2, 3],
@@ -60,6 +61,20 @@ def test_covariates_are_summed_up_and_small_levels_hidden(tmp_path):
     assert said["diagnosis"] == (40, "common 36, other 4")
     assert said["age"] == (40, "mean 69.5, standard deviation 11.5, 5th to 95th percentile 52 to 87")
     assert covariates(tmp_path, {"files": []}) == []
+
+
+def test_real_people_stand_beside_synthetic_ones_inside_only():
+    made = [{"image": f"{k}.nii", "age": str(50 + k % 9), "extra": "1"} for k in range(20)]
+    real = [{"image": f"r{k}.nii", "age": str(60 + k % 9), "remark": "x"} for k in range(30)]
+    (section,) = side_by_side(real, made)
+    assert section.internal
+    (table,) = section.tables
+    assert [row[0] for row in table.rows] == ["age"]
+    assert table.rows[0][1].startswith("mean 53.6")
+    assert table.rows[0][2].startswith("mean 63.7")
+    assert side_by_side(real, [{"image": "a.nii"}]) == []
+    assert summaries([{"a": "1"}] * 3) == {"a": (3, f"fewer than {LEAST} values")}
+    assert summaries([{"a": "1"}] * 9) == {"a": (9, "all 1")}
 
 
 def test_findings_come_back_from_json():
