@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine import atomic, devices, provenance, seeding
+from engine.compiled import keep_by_source
 from engine.errors import EngineError, GateRefused, InputError, UsageError, closest
 
 
@@ -93,3 +97,53 @@ def test_a_named_device_is_never_replaced() -> None:
         assert devices.choose("auto").type == "cpu"
         with pytest.raises(EngineError, match="CUDA"):
             devices.choose("cuda:0")
+
+
+CALLER = "import numba\nfrom package.kernels.callee import f\n\n@numba.njit(cache=True)\ndef g():\n    return f()\n"
+CALLEE = "import numba\n\n@numba.njit(cache=True)\ndef f():\n    return {}\n"
+MAIN = "from package.kernels.caller import g\nprint(g())"
+KEEP = (
+    "import os\nfrom pathlib import Path\nfrom engine.compiled import keep_by_source\n"
+    "os.environ['NUMBA_CACHE_DIR'] = ''\nkeep_by_source(Path('package').resolve())\n"
+)
+
+
+@pytest.mark.parametrize("own_folder", [False, True])
+def test_a_cached_caller_does_not_keep_an_old_callee(tmp_path: Path, own_folder: bool) -> None:
+    """Numba's cache alone answers 1 after the change, which the second case shows: a folder of the user's own choice."""
+    kernels = tmp_path / "package" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "caller.py").write_text(CALLER)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    environment["NUMBA_CACHE_DIR"] = str(tmp_path / "own") if own_folder else ""
+    said = []
+    for answer in (1, 22):
+        (kernels / "callee.py").write_text(CALLEE.format(answer))
+        code = MAIN if own_folder else KEEP + MAIN
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        said.append(done.stdout.strip())
+    assert said == (["1", "1"] if own_folder else ["1", "22"])
+
+
+def test_where_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, base = tmp_path / "package", tmp_path / "cache" / "engine" / "numba"
+    (package / "kernels").mkdir(parents=True)
+    (package / "kernels" / "a.py").write_text("1")
+    for name in ("old", "recent"):
+        (base / name).mkdir(parents=True)
+    os.utime(base / "old", (1e9, 1e9))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "mine")
+    assert keep_by_source(package) is None
+    assert os.environ["NUMBA_CACHE_DIR"] == "mine"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    chosen = keep_by_source(package)
+    assert chosen is not None
+    assert os.environ["NUMBA_CACHE_DIR"] == str(chosen)
+    assert sorted(x.name for x in base.iterdir()) == sorted(["recent", chosen.name])
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(package / "kernels" / "a.py"))  # no folder can be made below a file
+    assert keep_by_source(package) is None
+    assert os.environ["NUMBA_CACHE_DIR"] == ""

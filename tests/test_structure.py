@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "engine"
 FLOORS = {
-    "errors": 0, "devices": 0, "seeding": 0, "provenance": 0, "atomic": 0,
+    "errors": 0, "devices": 0, "seeding": 0, "provenance": 0, "atomic": 0, "compiled": 0,
     "kernels": 1,
     "files": 2, "training": 2, "audit": 2,
     "imaging": 3, "genomics": 3,

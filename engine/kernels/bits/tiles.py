@@ -6,9 +6,7 @@ generic vectors: `llvm.ctpop` becomes `vpopcntq` where the processor has it and 
 
 `and_tile` counts common ones, `xor_tile` differing bits (`xor_words` those of some words, `observed_tile` those of two planes
 where both rows are observed), `dot_tile` sums products of values in {-1, 0, 1} given as two planes (not zero, negative). What
-becomes of the 32 x 32 counts is left to the rooms that call these: linkage disequilibrium and nearest neighbours. Numba's cache
-does not see that a callee in another file has changed: after editing this file, delete the caches
-(`find engine -name '*.nb?' -delete`).
+becomes of the 32 x 32 counts is left to the rooms that call these: linkage disequilibrium and nearest neighbours.
 """
 
 from __future__ import annotations
