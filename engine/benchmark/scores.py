@@ -8,16 +8,18 @@ raise InputError; that this becomes a row of the table is left to `run`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.audit import AuditPolicy, AuditResult, Finding, audit
+from engine.audit import AuditPolicy, AuditResult, Finding, Pool, audit
+from engine.audit.gates import Judge
 from engine.benchmark.sides import Sides, grid_of, panel_sha256, volumes_sha256
 from engine.benchmark.tracks import Track
-from engine.errors import InputError
+from engine.errors import EngineError, InputError
 
 # The draws by which an audit measures itself, its power and its rate of convicting honest sets, take most of its time and say
 # nothing of an entrant: they are left out of scores. Every gate and control is the default one.
@@ -75,11 +77,7 @@ def _score_panel(track: Track, sides: Sides, samples: Path) -> Score:
         raise InputError(f"{track.samples} people", str(panel.n_samples), "samples")
     train, test = (read_panel(sides.side(side)) for side in ("train", "test"))
     made = evaluate(test, panel, train=train, seed=track.evaluation_seed)
-    pools, controls, judges = audit_pools(sides.side("train"), sides.side("test"), samples)
-    judged = audit(
-        pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=POLICY,
-        seed=track.evaluation_seed, judges=judges,
-    )  # fmt: skip
+    judged = _audit(lambda: audit_pools(sides.side("train"), sides.side("test"), samples), track)
     n = {"train": train.n_haplotypes, "test": test.n_haplotypes, "samples": panel.n_haplotypes, "sites": panel.n_sites}
     return Score(panel_sha256(panel), n, _plain(made.findings), _audited(judged), None)
 
@@ -108,14 +106,23 @@ def _score_scans(track: Track, sides: Sides, samples: Path) -> Score:
         test, made, reference=fresh, train=train, real_persons=test_people, train_persons=train_people,
         seed=track.evaluation_seed,
     )  # fmt: skip
-    pools, controls, judges = audit_pools(sides.side("train"), sides.side("test"), samples, seed=track.evaluation_seed)
-    judged = audit(
-        pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=POLICY,
-        seed=track.evaluation_seed, judges=judges,
-    )  # fmt: skip
+    seed = track.evaluation_seed
+    judged = _audit(lambda: audit_pools(sides.side("train"), sides.side("test"), samples, seed=seed), track)
     n = {"train": len(train), "test": len(test), "fresh": len(fresh), "samples": len(made)}
     extractor = {"name": EXTRACTORS, "sha256": extractor_sha256(track, train)}
     return Score(volumes_sha256(made), n, _plain(evaluated.findings), _audited(judged), extractor)
+
+
+def _audit(made: Callable[[], tuple[dict[str, Pool], dict[str, Pool], list[Judge]]], track: Track) -> AuditResult:
+    """The audit of the pools that `made` gives; what it refuses is said without who it found, which goes into records."""
+    try:
+        pools, controls, judges = made()
+        return audit(
+            pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=POLICY,
+            seed=track.evaluation_seed, judges=judges,
+        )  # fmt: skip
+    except EngineError as error:
+        raise InputError(f"an audit that can be made: {error.expected}") from None
 
 
 def extractor_sha256(track: Track, train: list[Any]) -> str:

@@ -78,7 +78,8 @@ def prepare(track: Track, data: str | Path, out: str | Path, progress: Progress 
     """Check the data, split them by person and write the sides into the new folder `out`.
 
     Raises:
-        InputError: a file is absent or has another hash, the data cannot be used, or the split is not the pinned one.
+        InputError: a file is absent or has another hash, the data cannot be used, one person or family would lie on two
+            sides, or the split is not the pinned one.
         UsageError: `out` exists.
     """
     data = Path(data)
@@ -173,19 +174,52 @@ def panel_sha256(panel: HaplotypePanel) -> str:
     return digest.hexdigest()
 
 
+def families(panel: HaplotypePanel) -> dict[str, str]:
+    """Who has to lie on one side: the id of the first of each family, by the id of every person.
+
+    A family is joined by equal genotypes under two ids and by kinship of the second degree or closer, as far as the sites
+    can tell (`engine.genomics.relatedness`); people whose sites cannot tell are families of their own.
+    """
+    from engine.genomics.relatedness import THRESHOLDS, close_pairs, genotypes_of_panel, resolution, same_people
+
+    head = {name: name for name in panel.samples.ids}
+    if (np.diff(panel.samples.first_haplotype) != 2).any():
+        return head  # kinship is defined for diploid people
+    resolved, pairs = resolution(panel), panel.n_samples * (panel.n_samples - 1) // 2
+    joined: list[tuple[int, int]] = []
+    if resolved.judges_identity(pairs):
+        joined += same_people(genotypes_of_panel(panel))[0]
+    levels = (resolved.limit(least, pairs) for least in reversed(THRESHOLDS))
+    level = next((limit for limit in levels if limit is not None), None)
+    if level is not None:
+        kin = close_pairs(genotypes_of_panel(panel, resolved.site_l), None, level)
+        joined += zip(kin.first_p.tolist(), kin.second_p.tolist(), strict=True)
+    for first, second in joined:
+        one, other = sorted((head[panel.samples.ids[first]], head[panel.samples.ids[second]]))
+        head = {name: one if own == other else own for name, own in head.items()}
+    return head
+
+
 def _write_panels(
     track: Track, data: Path, folder: Path, progress: Progress | None
 ) -> tuple[dict[str, str], str, dict[str, int]]:
+    from engine.genomics.pools import check_sides
+
     wanted = track.genotypes
     assert wanted is not None
     panel = read_panel(
         data / wanted.panel, samples_tsv=None if wanted.samples is None else data / wanted.samples, region=wanted.region
     )
     group = panel.samples.group
-    side_of = assign(panel.samples.ids, ["all"] * panel.n_samples if group is None else group.tolist(), track)
+    group_of = dict(zip(panel.samples.ids, ["all"] * panel.n_samples if group is None else group.tolist(), strict=True))
+    family_of = families(panel)
+    heads = sorted(set(family_of.values()))
+    side_of_family = assign(heads, [group_of[name] for name in heads], track)
+    side_of = {name: side_of_family[family_of[name]] for name in panel.samples.ids}
     train_sha256, units = "", {}
+    own_of: dict[str, HaplotypePanel] = {}
     for done, side in enumerate(SIDES):
-        own = panel.select(samples=np.array([side_of[name] == side for name in panel.samples.ids]))
+        own_of[side] = own = panel.select(samples=np.array([side_of[name] == side for name in panel.samples.ids]))
         (folder / side).mkdir()
         write_panel(own, folder / side / "panel.bcf")
         if group is not None:
@@ -197,6 +231,8 @@ def _write_panels(
                 shutil.copyfile(data / wanted.map, folder / side / f"map.{Path(wanted.map).name}")
         if progress is not None:
             progress("splitting", done + 1, len(SIDES))
+    for other in ("test", "fresh"):  # what an audit would refuse later, for every entry
+        check_sides(own_of["train"], own_of[other], f"track {track.name}, side {other}")
     return side_of, train_sha256, units
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.benchmark.sides import assign, check_files, load_sides, panel_sha256, prepare
+from engine.benchmark.sides import assign, check_files, families, load_sides, panel_sha256, prepare
 from engine.benchmark.tracks import DataFile, load_track, names
 from engine.errors import InputError, UsageError
-from engine.genomics.panel import read_panel
+from engine.genomics.panel import read_panel, write_panel
 
 
 def test_standard_tracks_load_and_name_their_columns_and_entrants() -> None:
@@ -69,6 +69,26 @@ def test_scans_of_the_sides(scan_sides, scan_track) -> None:
         people += [row["subject"] for row in rows]
     assert sorted(people) == sorted(f"S{k}" for k in range(60))
     assert sides.people == {"train": 24, "test": 21, "fresh": 15}
+
+
+def test_one_person_under_two_ids_lies_on_one_side(genotype_track, tmp_path: Path, write_track) -> None:
+    """Twenty people a second time under other ids: each pair has to come out on one side, in every split."""
+    import yaml
+
+    panel = read_panel(genotype_track[1] / "panel.bcf", samples_tsv=genotype_track[1] / "samples.tsv")
+    order = np.concatenate([np.arange(150), np.arange(20)])
+    doubled = panel.select(samples=order)
+    ids = [*panel.samples.ids, *(f"TWIN{k}" for k in range(20))]
+    doubled = replace(doubled, samples=replace(doubled.samples, ids=ids))
+    head = families(doubled)
+    assert all(head[f"TWIN{k}"] == head[f"P{k:03d}"] == f"P{k:03d}" for k in range(20))
+    assert len(set(head.values())) == 150
+    write_panel(doubled, tmp_path / "panel.bcf")
+    values = yaml.safe_load(genotype_track[0].read_text()) | {"files": [{"path": "panel.bcf"}], "name": "twins"}
+    values["genotypes"] = {"panel": "panel.bcf"}
+    sides = prepare(load_track(write_track(tmp_path, **values)), tmp_path, tmp_path / "split")
+    lies = {name: side for side in ("train", "test", "fresh") for name in read_panel(sides.side(side)).samples.ids}
+    assert all(lies[f"TWIN{k}"] == lies[f"P{k:03d}"] for k in range(20))
 
 
 def test_refusals(genotype_track, genotype_sides, tmp_path: Path) -> None:
