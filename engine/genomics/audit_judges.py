@@ -289,7 +289,8 @@ def private_judge(train: Pool, holdout: Pool, policy: AuditPolicy, seed: int) ->
         shown = Finding(
             "private_alleles_shown", float(value), n=n, direction="lower", unit="share", floor=float(floor),
             calibrated_on="alleles private to one holdout person; people relabelled at random",
-            note="alleles that one training person alone has and that show up; the floor is that of holdout people",
+            note="alleles that one training person alone has and that show up; the floor is that of holdout people; a panel "
+            "of sites whose rarer allele is there three times has none",
             detail={"p_value": chance},
         )  # fmt: skip
         # what somebody learns who knows a person's private alleles: whether more of them show up than is usual
