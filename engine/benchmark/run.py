@@ -82,7 +82,8 @@ def run(
         sides = prepare(track, data, out / "split", progress)
     path = out / "records.jsonl"
     done = {(r["name"], r["seed"]) for r in records.read(path)[0]} if path.exists() else set()
-    todo = [(name, seed) for name in dict.fromkeys([*CONTROLS, *chosen]) for seed in range(seeds)]
+    # seed by seed, so that a run that is broken off has a row of everybody
+    todo = [(name, seed) for seed in range(seeds) for name in dict.fromkeys([*CONTROLS, *chosen])]
     counts = {"scored": 0, "failed": 0}
     for at, (name, seed) in enumerate(todo):
         if (name, seed) not in done:
