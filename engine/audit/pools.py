@@ -128,11 +128,16 @@ def topk(
         and index int64 (n, k), -1 where there is none. Euclidean distances of the k found are computed again in
         float64, because the search in float32 cannot tell a copy from a very near row.
     """
-    best_d, best_i = _topk_rows(query.data, database, k, exclude)
-    for rows in () if query.views is None else query.views:
-        distance, index = _topk_rows(rows, database, k, exclude)
-        better = distance[:, 0] < best_d[:, 0]
-        best_d[better], best_i[better] = distance[better], index[better]
+    if query.views is None:
+        return _topk_rows(query.data, database, k, exclude)
+    versions = [query.data, *query.views]
+    nearest_vn = np.stack([_topk_rows(rows, database, 1, exclude)[0][:, 0] for rows in versions])
+    chosen_n = nearest_vn.argmin(axis=0)
+    best_d, best_i = np.empty((len(query), k)), np.empty((len(query), k), dtype=np.int64)
+    for version in np.unique(chosen_n):  # all k neighbours of a row only in the version that counts
+        rows = np.flatnonzero(chosen_n == version)
+        skipped = None if exclude is None else (exclude[0][rows], exclude[1])
+        best_d[rows], best_i[rows] = _topk_rows(versions[version][rows], database, k, skipped)
     return best_d, best_i
 
 
