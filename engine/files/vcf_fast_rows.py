@@ -218,7 +218,7 @@ class Rows:
         if used + need_rows > room:
             if self.keep is None:
                 promised = int(1.2 * used / max(share, 1e-9)) + _FIRST_ROWS
-                room = min(max(promised, used + used // 4), 16 * max(used, _FIRST_ROWS))
+                room = min(max(promised, used + used // 4), 64 * max(used, _FIRST_ROWS))
             room = max(room, used + need_rows)
             bits_lw = np.empty((room, out.bits_lw.shape[1]), dtype=np.uint64)
             missing_lw = np.zeros(bits_lw.shape, dtype=np.uint64)  # pages that nothing is written to cost nothing
