@@ -30,15 +30,12 @@ from engine.kernels import bits, ld, nearest
 from engine.kernels.bits.tiles import BLOCK, and_tile, dot_tile, interleaved
 from engine.kernels.haplotype_hmm.threads import in_threads
 
-SAME_PERSON, FIRST_DEGREE, SECOND_DEGREE = (
-    0.354,
-    0.177,
-    0.0884,
-)  # 2**-1.5, 2**-2.5, 2**-3.5: Manichaikul et al., table 1
+# 2**-1.5, 2**-2.5, 2**-3.5: Manichaikul et al., table 1
+SAME_PERSON, FIRST_DEGREE, SECOND_DEGREE = 0.354, 0.177, 0.0884
 THRESHOLDS = (SAME_PERSON, FIRST_DEGREE, SECOND_DEGREE)
 _NOT_AUTOSOMES = {"X", "Y", "XY", "M", "MT", "PAR1", "PAR2", "23", "24", "25", "26"}
 _MIN_MAF, _MOST_R2, _WINDOW_BP = 0.05, 0.1, 1_000_000  # of sites called independent
-_SITES_PER_CONTIG, _MOST_SITES = 20_000, 20_000  # looked at for independence; used: their error is below 0.005
+_SITES_PER_CONTIG, _MOST_SITES = 20_000, 20_000  # looked at for independence; used: their error is below 0.01
 _STRETCH_BP = 10_000_000
 _STRETCHES = {SAME_PERSON: 3, FIRST_DEGREE: 20, SECOND_DEGREE: 20}
 _FALSE_PAIRS = 0.01  # expected number of unrelated pairs above the threshold, at which it can still be judged
