@@ -35,7 +35,7 @@ ALLOWED = (
     ".nii", ".nii.gz", ".dcm", ".bcf", ".bcf.csi", ".vcf.gz", ".vcf.gz.tbi", ".vcf.gz.csi", ".pgen", ".pvar", ".psam",
     ".csv", ".tsv", ".json",
 )  # fmt: skip
-_STAYS = {"provenance.json"}  # of the run; read, reduced, never copied
+_STAYS = "provenance.json"  # of the run, or FILE.provenance.json; read, reduced, never copied
 _NEXT = "engine audit ... --out DIR writes one"
 
 
@@ -85,7 +85,7 @@ def release(
     audit = read_audit(audit_path)
     if audit["verdict"] != "pass":
         raise GateRefused("an audit that passed", f"verdict '{audit['verdict']}'", audit_path, "see its reasons")
-    present = {e["path"]: e for e in hash_files(source) if PurePosixPath(e["path"]).name not in _STAYS}
+    present = {e["path"]: e for e in hash_files(source) if not e["path"].endswith(_STAYS)}
     _check_bytes(present, audit["audited"], audit_path)
     for name in present:
         if not name.lower().endswith(ALLOWED) or any(part.startswith(".") for part in PurePosixPath(name).parts):
@@ -98,7 +98,7 @@ def release(
     marks = {name: mark_of(base / name, name) for name in present}
     table = bids_layout.read_table(base / "volumes.csv") if bids else []
     placed = bids_layout.layout(list(present), table, bids) if bids else {name: name for name in present}
-    made = base / (f"{source.name}.provenance.json" if source.is_file() else "provenance.json")
+    made = [Path(f"{source}.{_STAYS}")] if source.is_file() else [base / _STAYS, *sorted(base.glob(f"*.{_STAYS}"))]
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "synthetic_data": True,
@@ -126,7 +126,7 @@ def release(
         },
         "evaluation": [finding for record in judged for finding in record["findings"]],
         "model": about_model,
-        "provenance": cards.reduced(made),
+        "provenance": next(filter(None, map(cards.reduced, made)), {}),
         "files": [],
     }
     with atomic_folder(out) as partial:
@@ -232,7 +232,7 @@ def read_audit(path: Path) -> dict[str, Any]:
 
 
 def _check_bytes(present: Mapping[str, Mapping[str, Any]], audited: list[dict[str, Any]], audit_path: Path) -> None:
-    known = {e["path"]: e["sha256"] for e in audited if PurePosixPath(e["path"]).name not in _STAYS}
+    known = {e["path"]: e["sha256"] for e in audited if not e["path"].endswith(_STAYS)}
     if not known:
         raise GateRefused("the hashes of the audited files", "none", audit_path, "audit files, not arrays")
     extra, missing = sorted(set(present) - set(known)), sorted(set(known) - set(present))

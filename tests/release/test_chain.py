@@ -23,7 +23,7 @@ from engine.release.audit_run import audit_files
 from engine.release.manifest import release, verify
 
 NEEDLE = b"CANARY"
-POLICY = "honest_repeats: 2\ncontamination_repeats: 4\nsubsets: 2\n"
+POLICY = "honest_repeats: 1\ncontamination_repeats: 1\nsubsets: 1\naats_rows: 50\nmembership_people: 50\n"
 CONFIG = """
 data: {size: [16, 16, 16], covariates: {age: {kind: continuous}}, holdout_share: 0.4}
 autoencoder: {steps: 4, batch_size: 2, widths: [8, 16], latent_channels: 2, shift_voxels: 1, adversarial_weight: 0}
@@ -70,7 +70,7 @@ def test_no_canary_of_a_genotype_panel_comes_out(tmp_path, capfd, caplog):
     from engine.genomics.commands import fit_command, sample_command
 
     rng = np.random.default_rng(0)
-    sites, people = 300, {"train": 120, "holdout": 120}
+    sites, people = 200, {"train": 60, "holdout": 60}
     founders = rng.integers(0, 2, (sites, 40)).astype(np.uint8)
     inside = tmp_path / "CANARY-ward"
     inside.mkdir()
@@ -92,7 +92,7 @@ def test_no_canary_of_a_genotype_panel_comes_out(tmp_path, capfd, caplog):
     fit_command(real["train"], out=tmp_path / "CANARY-run", map=inside / "canary.map")
     capfd.readouterr()
     out = tmp_path / "out"
-    sample_command(tmp_path / "CANARY-run", 100, out=out / "synthetic.bcf", seed=1)
+    sample_command(tmp_path / "CANARY-run", 40, out=out / "synthetic.bcf", seed=1)
     audit_files(real["train"], real["holdout"], out / "synthetic.bcf", out / "audit", policy=inside / "policy.yaml")
     made = release(out / "synthetic.bcf", passed(out / "audit"), out / "release", model=tmp_path / "CANARY-run")
     assert verify(out / "release")["data_files"] == 1
@@ -140,7 +140,7 @@ def test_no_canary_of_a_scan_comes_out(tmp_path, ward, audited, capfd, caplog, f
 
     out, run = tmp_path / "out", ward / "CANARY-run"
     capfd.readouterr()
-    sample_command(run, 12, out / "synthetic", seed=2, format="dicom" if form == "dicom" else "nifti")
+    sample_command(run, 6, out / "synthetic", seed=2, format="dicom" if form == "dicom" else "nifti")
     audit = audited(out / "synthetic")
     release(out / "synthetic", audit, out / "release", bids="T1w" if form == "bids" else None, model=run)
     verify(out / "release")

@@ -189,6 +189,13 @@ def test_one_file_is_a_source_too(tmp_path, panel, audited):
     assert (tmp_path / "out" / "data" / "panel.bcf").read_bytes() == (tmp_path / "panel.bcf").read_bytes()
     assert made["provenance"] == {"commit": "c0ffee"}
     assert verify(tmp_path / "out")["data_files"] == 1
+    folder = tmp_path / "folder"  # the same in a folder, with its index and its record
+    folder.mkdir()
+    for path in tmp_path.glob("panel.bcf*"):
+        path.rename(folder / path.name)
+    made = release(folder, audited(folder), tmp_path / "more", forbidden=[CANARY])
+    assert {p.name for p in (tmp_path / "more" / "data").iterdir()} == {"panel.bcf", "panel.bcf.csi"}
+    assert made["provenance"] == {"commit": "c0ffee"}
 
 
 # ----------------------------------------------------------------------------------------------------------- verify
