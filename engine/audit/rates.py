@@ -83,8 +83,9 @@ def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPo
         people: of the synthetic set; a draw has as many, or `policy.fresh_share` of the holdout where that is less.
 
     Draws share people, so that the interval, which is that of independent draws, is somewhat too narrow. Rows are compared
-    as they stand, without their further views, and with 2 matched subsets at most: views are searched alike for tested rows
-    and null, and would make a draw of scans a dozen times as long; fewer subsets are noisier, so that the rate is if anything too high.
+    as they stand, without their further views, and with 2 matched subsets at most. Views are searched alike for tested
+    rows and null, and would make a draw of scans a dozen times as long; fewer subsets are noisier, so that the rate is if
+    anything too high.
     """
     train, holdout = replace(train, views=None), replace(holdout, views=None)
     policy = policy.model_copy(update={"subsets": min(policy.subsets, 2)})
