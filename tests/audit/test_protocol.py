@@ -314,7 +314,7 @@ def test_leak_free_sets_are_hardly_ever_convicted_by_the_whole_audit(people, siz
     folder = Path(__file__).resolve().parents[2] / "perf" / "audit"
     monkeypatch.syspath_prepend(str(folder))
     calibrate_whole = importlib.import_module("calibrate_whole")
-    found = calibrate_whole.case(people, sizes, 100, 0.0, 200, 1)
+    found = calibrate_whole.case(people, sizes, 100, 0.0, 200, 0)  # the rows of docs/audit.md
     assert found["interval"]["fail"][1] <= AuditPolicy().false_positive_max, found
     assert found["interval"]["void"][1] <= AuditPolicy().false_positive_max, found
 

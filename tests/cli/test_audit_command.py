@@ -15,7 +15,7 @@ from engine.genomics import run_folder
 from engine.genomics.li_stephens import LiStephensConfig, fit
 from engine.genomics.panel import panel_from_alleles, read_panel, write_panel
 from engine.genomics.pools import haplotype_pool
-from engine.release.audit_run import _named, audit_files, load_pools
+from engine.release.audit_run import _named, audit_files, load_pools, nearest_table
 
 POLICY = "control_rows: 40\ncontamination_repeats: 4\nhonest_repeats: 2\nsubsets: 2\n"
 
@@ -99,6 +99,14 @@ def test_judges_see_the_ids_they_were_made_with(tmp_path):
     assert seen["fresh_real"] == (["holdout2", "holdout3"],) * 2
     assert seen["synthetic"] == (list("wxyz"),) * 2
     assert seen["copycat"] == (list("wxyz"),) * 2
+
+
+def test_nearest_takes_stores(stores, tmp_path):
+    made = nearest_table(stores / "copies", stores / "train", tmp_path / "near.tsv", k=1)
+    lines = [line.split("\t") for line in (tmp_path / "near.tsv").read_text().splitlines()[1:]]
+    assert made["query_rows"] == 80
+    assert all(query.replace("copies", "train") == found for query, _, found, _ in lines)
+    assert all(float(distance) == 0 for *_, distance in lines)
 
 
 def mosaics(rng, people, sites=400):
