@@ -1,4 +1,4 @@
-"""`engine release` and `engine verify-release`: audited data leave the building, whole and marked, or not at all."""
+"""`engine release`, `verify-release` and `report`: audited data leave the building, whole and marked, or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.cli.common import JsonFlag, Out, emit
+from engine.cli.common import JsonFlag, Out, Seed, emit
 
 Words = Annotated[list[str] | None, typer.Option("--keyword", help="For the catalogues; repeat.")]
 
@@ -95,7 +95,31 @@ def verify_release(
     emit(verify(folder, key=key), json)
 
 
+def report(
+    audit: Annotated[Path, typer.Option("--audit", help="audit.json, whatever its verdict.")],
+    out: Out,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--evaluation", help="Folder of `engine ... evaluate --out`; repeat.")
+    ] = None,
+    real: Annotated[Path | None, typer.Option("--real", help="Table or folder of real scans, to be shown.")] = None,
+    synthetic: Annotated[
+        Path | None, typer.Option("--synthetic", help="Table or folder of synthetic scans, to be shown.")
+    ] = None,
+    title: Annotated[str, typer.Option("--title")] = "Synthetic data: audit and evaluation",
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """One internal page of an audit and evaluations, with real scans beside synthetic ones: for those who decide."""
+    from engine.release.internal_report import internal_report
+
+    made = internal_report(
+        out, audit=audit, evaluation=evaluation or (), real=real, synthetic=synthetic, title=title, seed=seed
+    )
+    emit(made, json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the main app."""
     app.command()(release)
     app.command("verify-release")(verify_release)
+    app.command()(report)

@@ -134,7 +134,7 @@ def ward(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["nifti", "bids", "dicom"])
+@pytest.mark.parametrize("form", ["nifti", pytest.param("bids", marks=pytest.mark.slow), "dicom"])
 def test_no_canary_of_a_scan_comes_out(tmp_path, ward, audited, capfd, caplog, form):
     from engine.imaging.commands import sample_command
 

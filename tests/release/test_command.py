@@ -80,3 +80,37 @@ def test_no_release_folder(tmp_path, capsys):
     code, _, errors = run(capsys, "verify-release", tmp_path)
     assert code == 2
     assert "SHA256SUMS" in errors
+
+
+def test_report_puts_audit_and_evaluation_on_one_page(tmp_path, scans, audited, capsys):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    figures = {
+        "ld_decay": {"distance_bp": [100, 1000, 1e5], "real": [0.6, 0.3, 0.1], "synthetic": [0.5, 0.3, 0.1]},
+        "sfs": {
+            "minor_count_low": [1, 2],
+            "minor_count_high": [1, 4],
+            "haplotypes": 9,
+            "real": [2, 1],
+            "synthetic": [2, 2],
+        },
+        "pca": {"real": [[0, 1], [1, 0]], "synthetic": [[1, 1], [0, 0]]},
+        "af": {"real": [0.1, 0.3], "synthetic": [0.1, 0.2]},
+    }
+    finding = {"name": "ld_r", "value": 0.97, "interval": None, "n": 300, "verdict": "none"}
+    (folder / "evaluation.json").write_text(json.dumps({"findings": [finding], "figures": figures}))
+    out = tmp_path / "r.html"
+    code, said, errors = run(
+        capsys, "report", "--audit", audited(scans, "fail"), "--evaluation", folder, "--real", scans, "--synthetic", scans,
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert json.loads(said)["verdict"] == "fail"
+    page = out.read_text()
+    for words in ("Internal.", "Must not be released", "Random scans", "Covariates", "Linkage disequilibrium", "Principal comp",
+                  "Site-frequency spectrum", "Planted controls", "People and rows"):  # fmt: skip
+        assert words in page
+    assert run(capsys, "report", "--audit", audited(scans), "--out", out)[0] == 2
+    code, _, errors = run(capsys, "report", "--audit", audited(scans), "--real", scans, "--out", tmp_path / "s.html")
+    assert code == 2
+    assert "--real and --synthetic" in errors
