@@ -1,9 +1,12 @@
 """How often the whole audit (copies, adversarial accuracy, membership, controls, verdict) convicts sets that hold no copies.
 
     python perf/audit/calibrate_whole.py [--repeats 200] [--only NAME] [--json OUT]
+    python perf/audit/calibrate_whole.py --panel FILE.bcf --sizes 400,150 [--repeats 60] [--first 0]
 
 Every repetition draws training, holdout and synthetic people anew and runs `engine.audit.audit` from end to end. Scans are
 points of the curved sheet of `calibrate.py`; genotypes are mosaics of founder haplotypes, two rows a person, with positions.
+With --panel, the people of a real panel are dealt anew into training, holdout and a third set, which is judged as if it were
+synthetic, by the gates of the genotype room too.
 Columns: share of runs convicted and void with their Clopper-Pearson intervals, and the gates that convicted. Contaminated
 sets (5 % and 10 % of near copies) show what the same gates see.
 """
@@ -19,8 +22,11 @@ from pathlib import Path
 import numpy as np
 from calibrate import DIMENSIONS, GENERATORS, REAL, pool
 
-from engine.audit import AuditPolicy, Pool, audit
+from engine.audit import AuditPolicy, Judge, Pool, audit
 from engine.audit.intervals import clopper_pearson
+from engine.genomics.audit_judges import genotype_judges
+from engine.genomics.panel import HaplotypePanel, read_panel
+from engine.genomics.pools import check_sides, haplotype_pool
 from engine.seeding import generator
 
 SITES, FOUNDERS = 600, 60
@@ -67,14 +73,35 @@ def sides(name: str, rng: np.random.Generator, sizes: tuple[int, int], n: int, c
     return [pool(rows_, tag) for rows_, tag in ((train, "t"), (holdout, "h"), (rows, "s"))]
 
 
-def case(name: str, sizes: tuple[int, int], n: int, copies: float, repeats: int, seed: int) -> dict:
-    """All repetitions of one case."""
+def dealt(
+    panel: HaplotypePanel, rng: np.random.Generator, sizes: tuple[int, int], n: int
+) -> tuple[list[Pool], list[Judge]]:
+    """Pools of three sets of people of the panel, and the judges of genotypes."""
+    order = rng.permutation(panel.n_samples)[: sum(sizes) + n]
+    parts = [panel.select(samples=np.sort(p)) for p in np.split(order, [sizes[0], sum(sizes)])]
+    pools = [haplotype_pool(part) for part in parts]
+    resolved, noted = check_sides(parts[0], parts[1])
+    return pools, genotype_judges(pools[0], pools[1], panel.sites.contig, resolved, noted, policy=POLICY)
+
+
+def case(
+    name: str,
+    sizes: tuple[int, int],
+    n: int,
+    copies: float,
+    repeats: int,
+    seed: int,
+    panel: HaplotypePanel | None = None,
+    first: int = 0,
+) -> dict:
+    """All repetitions of one case, from number `first` on."""
     verdicts: Counter[str] = Counter()
     gates: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
-    for repeat in range(repeats):
+    for repeat in range(first, first + repeats):
         rng = generator(seed, f"calibrate.whole.{name}", repeat)
-        result = audit(*sides(name, rng, sizes, n, copies), policy=POLICY, seed=seed + repeat)
+        pools, judges = (sides(name, rng, sizes, n, copies), []) if panel is None else dealt(panel, rng, sizes, n)
+        result = audit(*pools, policy=POLICY, seed=seed + repeat, judges=judges)
         verdicts[result.verdict] += 1
         wrong.update(control.name for control in result.controls if not control.right)
         if result.verdict == "fail":
@@ -93,9 +120,18 @@ def main() -> None:
     parser.add_argument("--only", help="a generator of calibrate.py, or 'genotypes'")
     parser.add_argument("--sizes", help="one pair only, e.g. 300,100")
     parser.add_argument("--copies", type=float, nargs="*", default=[0.0])
+    parser.add_argument("--panel", type=Path, help="deal the people of this panel instead")
+    parser.add_argument("--first", type=int, default=0, help="number of the first repetition")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    names = [given.only] if given.only else ["same as real", "less diverse", "off the sheet", "genotypes"]
+    panel = None if given.panel is None else read_panel(given.panel)
+    names = (
+        ["real panel"]
+        if panel
+        else [given.only]
+        if given.only
+        else ["same as real", "less diverse", "off the sheet", "genotypes"]
+    )
     sizes = [tuple(int(x) for x in given.sizes.split(","))] if given.sizes else SIZES
     print(
         "| people | near copies | T / H / S | convicted (95 %) | void (95 %) | gates that convicted; controls misjudged |"
@@ -105,7 +141,7 @@ def main() -> None:
     for name in names:
         for pair in sizes:
             for copies in given.copies:
-                row = case(name, pair, given.synthetic, copies, given.repeats, given.seed)  # type: ignore[arg-type]
+                row = case(name, pair, given.synthetic, copies, given.repeats, given.seed, panel, given.first)  # type: ignore[arg-type]
                 made.append(row)
                 share = lambda word: (  # noqa: E731
                     f"{row.get(word, 0) / given.repeats:.1%} ({row['interval'][word][0]:.1%}-{row['interval'][word][1]:.1%})"  # noqa: B023
