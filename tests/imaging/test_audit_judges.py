@@ -124,3 +124,32 @@ def test_the_rule_by_hand():
     edge[0, 0], edge[0, 2] = np.tanh(1.4 + gap / 2), np.tanh(1.4 - gap / 2)
     assert confirmed(edge, null, 50, 0.005)[0]
     assert not confirmed(edge, null, 500, 0.005)[0]  # the limit is shared over all rows
+
+
+@pytest.mark.slow
+def test_real_scans(real_data):
+    """Hippocampus crops: copies of either kind are confirmed, scans of other people are not."""
+    from engine.imaging.commands import read_folder
+    from engine.imaging.config import DataConfig
+    from engine.imaging.dataset import fit_volume
+
+    folder = real_data / "imaging" / "hippocampus"
+    if not folder.is_dir():
+        pytest.skip("no hippocampus scans")
+    volumes, persons = read_folder(folder)
+    config = DataConfig.model_validate({"size": (32, 48, 32)})
+    people = np.random.default_rng(0).permutation(np.unique(persons))
+    parts = {"train": people[:40], "holdout": people[40:56], "fresh": people[56:64]}
+    sides = {}
+    for name, chosen in parts.items():
+        scans = [fit_volume(v, config) for v, person in zip(volumes, persons) if person in chosen]
+        sides[name] = scan_pool(scans, [p for p in persons if p in chosen]), scans
+    for name in ("flipped", "rotated", "noised", "gamma"):
+        copies = [transforms(volume)[name] for volume in sides["train"][1][:3]]
+        sides[name] = scan_pool(copies, [f"{name}-{k}" for k in range(3)]), copies
+    judge = confirmation_judge(sides)
+    for name in ("fresh", "flipped", "rotated", "noised", "gamma"):
+        rows = sides[name][0]
+        found = judge(name, rows, scores(rows, sides["train"][0]))[0]
+        assert found.value == (0 if name == "fresh" else 3), name
+        assert found.floor == 0
