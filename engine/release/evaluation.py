@@ -60,10 +60,11 @@ def scan_section(findings: Sequence[Finding], figures: Mapping[str, Any], title:
 
 def genotype_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Genotypes") -> Section:
     """PCA, LD decay, spectrum and frequencies, and the findings of `engine.genomics.evaluate.evaluate`."""
-    drawn: dict[str, Any] = {name: figures[name] for name in ("pca", "ld_decay") if name in figures}
+    titles = {"pca": "Principal components", "ld_decay": "Linkage disequilibrium", "af": "Allele frequencies"}
+    drawn = {name: {**figures[name], "title": titles[name]} for name in ("pca", "ld_decay") if name in figures}
     if "sfs" in figures:
         drawn["histogram_spectrum"] = spectrum(figures["sfs"])
-    drawn["af"] = figures["af"]
+    drawn["af"] = {**figures["af"], "title": titles["af"]}
     return Section(title, GENOTYPES, findings, drawn, internal=True)
 
 

@@ -54,14 +54,14 @@ def pca(figure: Mapping[str, Any]) -> str:
     """Scatter of the first two principal components.
 
     Args:
-        figure: "real" and "synthetic" (n, 2) with optional "group" (of the real rows, or {"real": ..., "synthetic":
-            ...}) and "variance" (shares of the two components).
+        figure: "real" and "synthetic" (n, 2) with optional "group" (of the real rows, beside "synthetic_group", or
+            {"real": ..., "synthetic": ...}) and "variance" (shares of the two components).
     """
     present = [name for name in ("real", "synthetic") if name in figure]
     sides = {name: np.asarray(figure[name], dtype=float).reshape(-1, 2) for name in present}
     groups = figure.get("group") or {}
     if not isinstance(groups, Mapping):
-        groups = {"real": groups}
+        groups = {"real": groups, "synthetic": figure.get("synthetic_group")}
     known = sorted({str(g) for labels in groups.values() if labels is not None for g in labels})
     with plt.rc_context(_RC):
         drawing, axis = _axes(_component(1, figure.get("variance")), _component(2, figure.get("variance")))
@@ -72,7 +72,8 @@ def pca(figure: Mapping[str, Any]) -> str:
                     inside = np.asarray([str(g) for g in labels]) == group
                     _dots(axis, xy[inside], _palette(j), f"{group}, {name}", marker, hollow=name == "synthetic")
             else:
-                _dots(axis, xy, _COLOURS[name], f"{name} (n = {len(xy)})", marker, hollow=name == "synthetic")
+                colour = ALERT if known else _COLOURS[name]  # groups have the other colours
+                _dots(axis, xy, colour, f"{name} (n = {len(xy)})", marker, hollow=name == "synthetic")
         columns = len(sides) if len(known) > 1 else 1
         drawing.legend(markerscale=1.5, loc="outside upper center", ncols=columns, columnspacing=1.2)
         return _svg(drawing)

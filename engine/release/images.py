@@ -68,11 +68,11 @@ def synthetic_slices(paths: Sequence[Path], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def scans_side_by_side(train: Path, synthetic: Path, seed: int = 0) -> Section:
+def scans_side_by_side(others: Path, synthetic: Path, seed: int = 0) -> Section:
     """Internal: random synthetic scans above random real ones, on one grid, with a slice slider."""
     from engine.imaging.commands import folder_paths
 
-    made, real = folder_paths(synthetic)[0], folder_paths(train)[0]
+    made, real = folder_paths(synthetic)[0], folder_paths(others)[0]
     shown, grid = read_fitted([made[k] for k in _draw(len(made), seed)])
     beside, _ = read_fitted([real[k] for k in _draw(len(real), seed)], grid)
     n = min(len(shown), len(beside))
@@ -81,7 +81,7 @@ def scans_side_by_side(train: Path, synthetic: Path, seed: int = 0) -> Section:
         "rows": {"synthetic": slices_of(shown[:n]), "real": slices_of(beside[:n])},
         "plane": "axial",
         "title": "Random scans",
-        "caption": f"Drawn at random: {n} of {len(made)} synthetic scans above {n} of {len(real)} training scans, which are"
+        "caption": f"Drawn at random: {n} of {len(made)} synthetic scans above {n} of {len(real)} real scans, which are"
         " not their neighbours. Arrow keys move through the slices.",
     }
     return Section(

@@ -56,6 +56,9 @@ def test_labels_carry_units_and_n():
     assert "real (n = 30)" in figures.pca(CASES["pca"][1])
     grouped = figures.pca(CASES["pca_groups"][1])
     assert "AFR, real" in grouped
+    assert figures.ALERT.lower() in grouped.lower(), "synthetic points without a group have a colour that no group has"
+    both = figures.pca({**CASES["pca_groups"][1], "synthetic_group": ["EUR", "AFR", "EUR"]})
+    assert "EUR, synthetic" in both
     assert "truth, fit" in figures.scatter(CASES["scatter"][1])
 
 
