@@ -132,6 +132,10 @@ def test_bytes_after_the_voxels_are_refused(tmp_path, volume):
         ({"ReferringPhysicianName": "Who"}, "ReferringPhysicianName"),
         ({"InstitutionName": "St Elsewhere"}, "only the tags"),
         ({"PatientComments": "Doe"}, "only the tags"),
+        ({"SeriesDescription": "SYNTHETIC like Doe^Jane"}, "SeriesDescription"),
+        ({"DerivationDescription": "From Doe"}, "DerivationDescription"),
+        ({"DataSetTrailingPadding": b"Doe "}, "only the tags"),
+        ({"PixelData": b"Doe Jane"}, "nothing else"),
     ],
 )
 def test_a_dicom_file_that_inherited_something_is_refused(tmp_path, volume, change, said):
@@ -146,6 +150,20 @@ def test_a_dicom_file_that_inherited_something_is_refused(tmp_path, volume, chan
     with pytest.raises(GateRefused, match=said) as caught:
         mark_of(tmp_path / "a.dcm", "a.dcm")
     assert not any(str(value) in str(caught.value) for value in change.values() if value not in (None, "NO"))
+
+
+def test_words_around_a_dicom_file_are_refused(tmp_path, volume):
+    write_volume(volume(0), tmp_path / "series", format="dicom")
+    image = dcmread(next((tmp_path / "series").glob("*.dcm")))
+    image.file_meta.SourceApplicationEntityTitle = "WARD7"
+    image.save_as(tmp_path / "a.dcm")
+    with pytest.raises(GateRefused, match="only the tags"):
+        mark_of(tmp_path / "a.dcm", "a.dcm")
+    del image.file_meta.SourceApplicationEntityTitle
+    image.preamble = b"Jane Doe".ljust(128, b"\0")
+    image.save_as(tmp_path / "a.dcm")
+    with pytest.raises(GateRefused, match="nothing else"):
+        mark_of(tmp_path / "a.dcm", "a.dcm")
 
 
 def test_a_private_tag_is_refused(tmp_path, volume):
