@@ -63,7 +63,7 @@ def synthetic_slices(paths: Sequence[Path], seed: int = 0) -> dict[str, Any]:
             "rows": {"synthetic": slices_of(volumes)},
             "plane": "axial",
             "title": "Synthetic scans",
-            "caption": f"{len(volumes)} of {len(paths)} scans, drawn at random. Arrow keys move through the slices.",
+            "caption": f"{len(volumes)} of {len(paths)} scans, drawn at random. Arrow keys move through the slices; the left of the body is on the left.",
         }
     }
 
@@ -82,7 +82,7 @@ def scans_side_by_side(others: Path, synthetic: Path, seed: int = 0) -> Section:
         "plane": "axial",
         "title": "Random scans",
         "caption": f"Drawn at random: {n} of {len(made)} synthetic scans above {n} of {len(real)} real scans, which are"
-        " not their neighbours. Arrow keys move through the slices.",
+        " not their neighbours. Arrow keys move through the slices; the left of the body is on the left.",
     }
     return Section(
         "What the scans look like",
@@ -142,7 +142,7 @@ def suspect_section(kind: str, result: AuditResult, pools: dict[str, Pool], trai
             "plane": "axial",
             "title": "Most suspicious scans",
             "caption": "Each synthetic scan above the training scan that lies nearest to it, most suspicious first. A copy"
-            " agrees in folds and vessels, not only in outline.",
+            " agrees in folds and vessels, not only in outline. The left of the body is on the left.",
         }
     else:
         figure = {
