@@ -19,6 +19,7 @@ draws per person before clipping); Hu et al., ICLR 2022 (low-rank adapters).
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -323,7 +324,7 @@ def noise_multiplier(rules: PrivacyConfig, rate: float) -> float:
 def privacy_record(rules: PrivacyConfig, history: History, people: int, scans: int, base: Model) -> dict[str, Any]:
     """What the provenance says of the guarantee and of its limits; JSON-ready."""
     return {
-        "epsilon": round(epsilon(history, rules.delta), 4),
+        "epsilon": math.ceil(1e4 * epsilon(history, rules.delta)) / 1e4,  # a bound: rounded up
         "delta": rules.delta,
         "noise_multiplier": history[-1][0] if history else None,
         "clipping_norm": rules.clipping_norm,

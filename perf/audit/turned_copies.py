@@ -5,8 +5,8 @@ view alone and with the turned views too; and how alike copies and unseen people
     python perf/audit/turned_copies.py DATA/imaging/hippocampus --honest 12
 
 About a minute and a half on one core, and fifteen seconds for each honest repeat. People are split at random (40 to the
-holdout); one table on standard output. With --honest, people are split in three anew in every repeat, and the confirmation judges the
-third part, real people nobody has copied: how often does it convict?
+holdout); one table on standard output. With --honest, people are split in three anew in every repeat, and the confirmation
+judges the third part, real people nobody has copied: how often does it convict?
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from engine.audit.pools import Pool, topk
 from engine.audit.store import read_store
 from engine.errors import InputError
 from engine.imaging import pools as pools_module
@@ -97,6 +98,24 @@ def test_people_who_look_alike_are_not_one_scan(tmp_path, synthetic):
     holdout = side(tmp_path, "holdout", {f"H{k}": common + array(20 + k) for k in range(10)})
     pools, _, _ = audit_pools(train, holdout, synthetic)
     assert pools["holdout"].people == 10
+
+
+def test_search_in_views_against_a_loop():
+    """The version with the smallest nearest distance gives all k neighbours; a person's own rows are skipped."""
+    rng = np.random.default_rng(0)
+    rows, more, base = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 5), (3, 6, 5), (9, 5)))
+    codes, others = np.array([0, 0, 1, 2, 3, 4]), np.array([0, 1, 2, 3, 4, 5, 6, 7, 0])
+    query, database = Pool("features", rows, np.arange(6), views=more), Pool("features", base, np.arange(9))
+    distance, index = topk(query, database, 3, exclude=(codes, others))
+    for k in range(6):
+        allowed = np.flatnonzero(others != codes[k])
+        versions = [
+            np.linalg.norm(base[allowed].astype(float) - v.astype(float), axis=1) for v in (rows[k], *more[:, k])
+        ]
+        best = min(versions, key=min)
+        order = np.argsort(best)[:3]
+        assert list(index[k]) == list(allowed[order])
+        assert distance[k] == pytest.approx(best[order])
 
 
 def test_a_store_of_scans_is_read_back(train, synthetic, tmp_path):

@@ -112,7 +112,11 @@ def planted(volume: Volume, degrees, shift_mm, mirrored: bool = False) -> Volume
 
 @pytest.mark.parametrize(
     ("degrees", "shift_mm", "mirrored"),
-    [((0, 0, 0), (2.3, -1.2, 0.7), False), ((9, -4, 6), (1.0, 0.5, -2.0), True), ((-18, 3, 12), (-1.5, 2.0, 1.0), False)],
+    [
+        ((0, 0, 0), (2.3, -1.2, 0.7), False),
+        ((9, -4, 6), (1.0, 0.5, -2.0), True),
+        ((-18, 3, 12), (-1.5, 2.0, 1.0), False),
+    ],
 )
 def test_planted_motion_is_found(degrees, shift_mm, mirrored):
     volume = smooth(0, (24, 30, 22), (1.0, 1.5, 2.0))
@@ -130,7 +134,9 @@ def test_affine_finds_a_stretch_that_rigid_cannot():
     volume = smooth(1, (24, 24, 24))
     linear = np.diag([1.12, 0.95, 1.0])
     centre = np.full(3, 11.5)
-    stretched = ndimage.affine_transform(volume.array_cdhw[0], linear, centre - linear @ centre, order=3, mode="nearest")
+    stretched = ndimage.affine_transform(
+        volume.array_cdhw[0], linear, centre - linear @ centre, order=3, mode="nearest"
+    )
     other = replace(volume, array_cdhw=stretched[None])
     rigid, affine = (register(other, volume, motion=m, mirror=False) for m in ("rigid", "affine"))
     assert rigid.ncc < affine.ncc - 0.01
