@@ -63,7 +63,8 @@ def synthetic_slices(paths: Sequence[Path], seed: int = 0) -> dict[str, Any]:
             "rows": {"synthetic": slices_of(volumes)},
             "plane": "axial",
             "title": "Synthetic scans",
-            "caption": f"{len(volumes)} of {len(paths)} scans, drawn at random. Arrow keys move through the slices; the left of the body is on the left.",
+            "caption": f"{len(volumes)} of {len(paths)} scans, drawn at random. Arrow keys move through the slices; the left"
+            " of the body is on the left.",
         }
     }
 
