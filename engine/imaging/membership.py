@@ -10,9 +10,9 @@ Sources: Carlini et al., USENIX Security 2023, section 5 (loss of diffusion mode
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine import seeding
-from engine.audit import AuditPolicy, Finding
 from engine.errors import InputError
-from engine.imaging.dataset import condition, load_scans, read_table
+from engine.imaging.config import DataConfig
+from engine.imaging.dataset import Row, condition, load_scans, read_table
+from engine.imaging.denoiser import Condition
 from engine.imaging.flow import interpolate, velocity_target
 from engine.imaging.generate import Model, load_model
 from engine.training.log import Progress
@@ -30,37 +31,6 @@ from engine.training.log import Progress
 ATTACKS = ("flow_loss", "reconstruction")
 TIMES = (0.1, 0.3, 0.5, 0.7)  # nearer to noise all scans are alike
 DRAWS = 4  # of noise at every time
-
-
-def membership_findings(
-    run: str | Path | Model,
-    train: str | Path,
-    holdout: str | Path,
-    *,
-    policy: AuditPolicy | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings on both attacks (area under the ROC, true-positive rates at 1 % and 0.1 %), and their ROC by name.
-
-    Args: as `member_scores`; policy: default `AuditPolicy()`.
-    """
-    from engine.audit.membership import membership
-
-    scores = member_scores(run, train, holdout, seed=seed, progress=progress)
-    findings, curves = [], {}
-    for name, (member_n, nonmember_m) in scores.items():
-        found, curves[name] = membership(
-            member_n,
-            nonmember_m,
-            policy=policy or AuditPolicy(),
-            name=name,
-            gates=len(scores),
-            calibrated_on="unseen people",
-            note="by the model itself",
-        )
-        findings += found
-    return findings, curves
 
 
 def member_scores(
@@ -79,8 +49,8 @@ def member_scores(
 
     Args:
         run: run folder, or a model from `load_model`.
-        train, holdout: tables as `engine imaging train` takes them, e.g. `train.csv` and `holdout.csv` of the run folder;
-            covariates the model knows are given to it, as someone who knows the person would.
+        train, holdout: tables or folders of scans, e.g. `train.csv` and `holdout.csv` of the run folder; covariates that a
+            table has and the model knows are given to it, as someone who knows the person would.
         times: of the flow, between 0 (data) and 1 (noise). draws: of noise, at every time.
 
     Raises:
@@ -89,11 +59,8 @@ def member_scores(
     model = run if isinstance(run, Model) else load_model(run, device)
     sides = []
     for side, table in (("train", train), ("holdout", holdout)):
-        # whole tables, whatever the split: it is given by there being two
-        data = model.config.data.model_copy(update={"holdout_share": 0.0, "split_column": None})
-        config = model.config.model_copy(update={"data": data})
-        rows = read_table(table, data)
-        scans = load_scans(rows, config)
+        rows = _rows(Path(table), model.config.data)
+        scans = load_scans(rows, model.config)
         given = condition([row.covariates for row in rows], scans.spacing_mm, model.covariates, table).to(model.device)
         scores = []
         for k, x_cdhw in enumerate(scans.x_bcdhw):
@@ -113,7 +80,9 @@ def member_scores(
 
 
 @torch.no_grad()
-def _scores(model: Model, x: Tensor, given: Any, times: Sequence[float], draws: int, seed: int) -> tuple[float, float]:
+def _scores(
+    model: Model, x: Tensor, given: Condition, times: Sequence[float], draws: int, seed: int
+) -> tuple[float, float]:
     """(flow_loss, reconstruction) of one volume (1, c, d, h, w); the posterior's mean stands for the latent."""
     mean, _ = model.autoencoder.encode(x)
     error = float((model.autoencoder.decode(mean) - x).abs().mean())
@@ -121,14 +90,31 @@ def _scores(model: Model, x: Tensor, given: Any, times: Sequence[float], draws: 
         torch.tensor(model.facts[name], device=model.device).view(1, -1, 1, 1, 1)
         for name in ("latent_mean_c", "latent_deviation_c")
     )
-    x0, losses = (mean - shift) / scale, []
-    for k, t in enumerate(times):
-        t_b = torch.full((1,), t, device=model.device)
-        for draw in range(draws):
-            noise = seeding.normal(tuple(x0.shape), seed, "imaging.membership", k * draws + draw, str(model.device))
-            velocity = model.denoiser(interpolate(x0, noise, t_b), t_b, given)
-            losses.append(float((velocity - velocity_target(x0, noise)).square().mean()))
-    return -float(np.mean(losses)), -error
+    x0 = (mean - shift) / scale
+    shape = tuple(x0.shape[1:])
+    noise = torch.stack(
+        [seeding.normal(shape, seed, "imaging.membership", k, model.device) for k in range(len(times) * draws)]
+    )
+    t_b = torch.tensor(list(times), device=model.device).repeat_interleave(draws)
+    velocity = model.denoiser(interpolate(x0, noise, t_b), t_b, given.rows(torch.zeros_like(t_b, dtype=torch.int64)))
+    return -float((velocity - velocity_target(x0, noise)).square().mean()), -error
+
+
+def _rows(path: Path, data: DataConfig) -> list[Row]:
+    """Every scan of a table or folder; covariates that a table lacks are not given."""
+    table = path / "volumes.csv" if path.is_dir() else path
+    if path.is_dir() and not table.is_file():
+        images = sorted(p for p in path.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+        if not images:
+            raise InputError("NIfTI volumes or a volumes.csv", "neither", path)
+        return [Row(k, image, None, image.name, "", {}, True) for k, image in enumerate(images, start=1)]
+    known = data.covariates
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+            header = next(csv.reader(stream), [])
+        known = {name: covariate for name, covariate in known.items() if name in header}
+    # all of it, whatever the split: that is given by there being two tables
+    return read_table(table, data.model_copy(update={"holdout_share": 0.0, "split_column": None, "covariates": known}))
 
 
 def _by_person(subjects: Sequence[str], score_n: NDArray[np.float64]) -> NDArray[np.float64]:

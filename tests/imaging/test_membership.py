@@ -11,7 +11,7 @@ from engine.audit.intervals import delong
 from engine.errors import InputError
 from engine.imaging.config import parse_config
 from engine.imaging.generate import load_model
-from engine.imaging.membership import ATTACKS, member_scores, membership_findings
+from engine.imaging.membership import ATTACKS, member_scores
 from engine.imaging.volume import Volume, write_volume
 
 
@@ -87,12 +87,26 @@ def test_scores_are_the_same_every_time_and_mean_over_visits(overfitted, sides, 
     assert first["flow_loss"][0][0] == pytest.approx(np.mean(alone), rel=1e-6)
 
 
-def test_findings_and_a_person_on_both_sides(overfitted, sides):
-    findings, curves = membership_findings(overfitted, sides["others"], sides["holdout"])
-    names = {f.name for f in findings}
-    assert {f"membership_auc_{name}" for name in ATTACKS} <= names
-    assert set(curves) == set(ATTACKS)
-    assert all(f.verdict != "fail" for f in findings)
-    assert not any("P2" in str(f.to_json()) for f in findings)
+def test_folders_and_covariates_that_are_not_there(overfitted, sides, tiny_run, table, tmp_path):
+    """A folder without a table is its files; a table without the model's covariates leaves them out."""
+    for name, numbers in (("a", (0, 1)), ("b", (100, 101))):
+        (tmp_path / name).mkdir()
+        for k in numbers:
+            write_volume(scan(k), tmp_path / name / f"{k}.nii.gz")
+    found = member_scores(overfitted, tmp_path / "a", tmp_path / "b", times=(0.3,), draws=1)
+    assert [len(side) for side in found["flow_loss"]] == [2, 2]
+    for name, numbers in (("known.csv", (0, 2)), ("unknown.csv", (4, 6))):
+        lines = "".join(f"{table.parent}/scan{k}.nii.gz,P{k}\n" for k in numbers)
+        (tmp_path / name).write_text(f"image,subject\n{lines}")
+    found = member_scores(tiny_run, tmp_path / "known.csv", tmp_path / "unknown.csv", times=(0.3,), draws=1)
+    assert np.isfinite(found["flow_loss"][0]).all()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither"):
+        member_scores(overfitted, tmp_path / "empty", tmp_path / "b")
+    with pytest.raises(InputError, match="nothing there"):
+        member_scores(overfitted, tmp_path / "absent.csv", tmp_path / "b")
+
+
+def test_a_person_on_both_sides_is_refused(overfitted, sides):
     with pytest.raises(InputError, match="in both"):
         member_scores(overfitted, sides["train"], sides["train"])
