@@ -77,15 +77,14 @@ def train_private(
     rate = rules.people_per_step / len(people)
     sigma = noise_multiplier(rules, rate)
     config = config.model_copy(update={"training": config.training.model_copy(update={"precision": "fp32"})})
-    condition(
-        [r.covariates for r in rows], np.ones((len(rows), 3)), base.covariates, data_csv
-    )  # refused before a folder
+    scans = load_scans(
+        rows, config
+    )  # read and refused before there is a folder, and not cached: nothing of theirs is kept
+    given = condition([r.covariates for r in rows], scans.spacing_mm, base.covariates, data_csv).to(base.device)
+    mean_bcdhw, deviation_bcdhw = _encode(base, scans.x_bcdhw)
     open_run(out, config, resume)
     log = Log(out / "log.jsonl", progress=progress)
     with preemption.watch() as flag:
-        scans = load_scans(rows, config, out / "cache")
-        mean_bcdhw, deviation_bcdhw = _encode(base, scans.x_bcdhw)
-        given = condition([r.covariates for r in rows], scans.spacing_mm, base.covariates, data_csv).to(base.device)
         learned = Learned(base.denoiser, rules, config.seed)
         optimizer = torch.optim.Adam(learned.tensors.parameters(), lr=rules.learning_rate, betas=(0.9, 0.99))
         average = Ema(learned.tensors, config.flow.ema_decay)
@@ -342,7 +341,7 @@ def privacy_record(rules: PrivacyConfig, history: History, people: int, scans: i
         "not_covered": [
             "the number of people and of steps",
             "choices made by looking at the private data, such as hyperparameters or the best of several runs",
-            "this run folder itself: its table, cache and log are of the people it protects",
+            "this run folder itself: its tables and provenance are of the people it protects",
             "floating-point attacks on the noise",
         ],
     }

@@ -175,6 +175,7 @@ def test_a_person_gives_one_gradient_however_many_scans(private_table, config):
 @pytest.mark.parametrize("part", ["adapters", "condition"])
 def test_a_private_run(config, private_table, tiny_run, tmp_path, part):
     result = train(config(part=part), private_table, tmp_path / "run")
+    assert not (tmp_path / "run" / "cache").exists()
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["privacy"] == result["privacy"]
     privacy = record["privacy"]
@@ -242,6 +243,19 @@ def test_resume_keeps_the_account_and_refuses_without_it(config, private_table, 
 def test_unsound_settings_are_refused_before_anything_is_written(config, private_table, tmp_path, changed, says):
     with pytest.raises(UsageError, match=says):
         train(config(**changed), private_table, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scan_that_cannot_be_read_leaves_no_folder(config, private_table, tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "bad.csv").write_text("image,subject,age,sex\n" + "".join(f"bad.nii.gz,P{k},40,F\n" for k in range(9)))
+    with pytest.raises(InputError, match="row 2"):
+        train(config(), tmp_path / "bad.csv", tmp_path / "run")
+    (tmp_path / "odd.csv").write_text(
+        private_table.read_text().replace(",M", ",X").replace("scan", f"{private_table.parent}/scan")
+    )
+    with pytest.raises(InputError, match="'sex' in"):
+        train(config(), tmp_path / "odd.csv", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
