@@ -9,7 +9,8 @@ Conventions. With d_l the genetic distance in Morgans between site l-1 and l and
 copied, the probability of a switch is r_l = 1 - exp(-4 Ne d_l / K) (Li and Stephens, Genetics 165:2213, 2003, equation
 A1), after which the donor is uniform over the K, the last one included; an allele is copied wrongly with probability
 `mismatch`. Sampling copies within a group and K counts the haplotypes of that group; scoring copies from all groups and
-K counts all. Contigs are unlinked. A distance of 0 still leaves a switch probability of 1e-12: maps are flat where they
+K counts all. What only one person carries is not copied, and arises anew elsewhere (`min_carriers`); scoring knows of
+no such rule. Contigs are unlinked. A distance of 0 still leaves a switch probability of 1e-12: maps are flat where they
 are unresolved, but recombination is never impossible.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,8 @@ class LiStephensConfig(BaseModel):
         group_ne: Ne of single groups where it differs from `ne`.
         mismatch: probability that an allele is copied wrongly, per site.
         per_group: sample within groups; False pools the panel as one group named "all".
+        min_carriers: an allele that fewer reference people carry is not copied (it would say who was in the panel) but
+            arises anew, in people and at sites of its kind at random, as often as in the panel; 1 copies all.
         seed: seed of sampling where the caller names none.
     """
 
@@ -52,6 +56,7 @@ class LiStephensConfig(BaseModel):
     group_ne: dict[str, float] = {}
     mismatch: float = Field(default=2e-4, ge=0, lt=0.5)
     per_group: bool = True
+    min_carriers: int = Field(default=2, ge=1)
     seed: int = 0
 
 
@@ -99,6 +104,20 @@ class Paths:
     segment_donor_s: np.ndarray
     flip_offset_n: np.ndarray
     flip_site_f: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rare:
+    """Alleles that too few people carry to be copied.
+
+    Attributes:
+        common_l: int8 (L,): the allele that everybody copies at a site; -1 where alleles are copied as they are.
+        new_site_r: sites where the other allele arises anew; rate_g: float64 (G,), how often, per haplotype and site.
+    """
+
+    common_l: np.ndarray
+    new_site_r: np.ndarray
+    rate_g: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,34 @@ class LiStephens:
             raise UsageError("a group of the model", f"'{name}'", "group", hint)
         return self.group_names.index(name)
 
+    @cached_property
+    def rare(self) -> Rare:
+        """What is not copied. All sites where an allele has too few carriers, or none, are one class: were only those
+        with a carrier to get new ones, their number would still tell which sites the panel's people have.
+        """
+        first_s, most = self.samples.first_haplotype, self.config.min_carriers - 1
+        common_l = np.full(self.n_sites, -1, dtype=np.int8)
+        count_g, haplotypes_g = np.zeros(len(self.group_names)), np.bincount(self.group_of_haplotype_k)
+        new_sites = []
+        if most and len(first_s) - 1 > 2 * most:  # among fewer people an allele could be rare on both sides
+            count_l = bits.popcount_rows(self.bits_lw)
+            near_l = np.flatnonzero(
+                np.minimum(count_l, self.k - count_l) <= 2 * most
+            )  # two haplotypes a person at most
+            for at in range(0, len(near_l), 1024):
+                site_l = near_l[at : at + 1024]
+                common = (2 * count_l[site_l] > self.k).astype(np.int8)
+                other_lk = bits.unpack(np.ascontiguousarray(self.bits_lw[site_l]), self.k) != common[:, None]
+                few = np.logical_or.reduceat(other_lk, first_s[:-1], axis=1).sum(axis=1) <= most
+                split = self.sites.alt_index[site_l] != 0  # a haplotype has one of several ALTs, or REF
+                few &= ~(split & (common == 1))
+                common_l[site_l[few]] = common[few]
+                new = few & ~split
+                new_sites.append(site_l[new])
+                count_g += np.bincount(self.group_of_haplotype_k, other_lk[new].sum(axis=0), len(count_g))
+        new_site_r = _joined(new_sites)
+        return Rare(common_l, new_site_r, count_g / np.maximum(1, haplotypes_g * len(new_site_r)))
+
     def paths(
         self,
         n: int,
@@ -212,7 +259,7 @@ class LiStephens:
                 begin = np.union1d(contig_start, _arrivals(switch_g[g], rng))
                 starts.append(begin)
                 donors.append(donors_g[g][rng.integers(0, len(donors_g[g]), len(begin))])
-                flips.append(_arrivals(mutation_l, rng))
+                flips.append(np.union1d(_arrivals(mutation_l, rng), self._new_alleles(g, rng)))
             if progress is not None and (at + 1 == n or at % 64 == 63):
                 progress(at + 1, n)
         made = Paths(
@@ -220,10 +267,20 @@ class LiStephens:
         )
         return made, group_n
 
+    def _new_alleles(self, group: int, rng: np.random.Generator) -> np.ndarray:
+        """Sites at which one haplotype of `group` has an allele that is not copied."""
+        sites, hazard = self.rare.new_site_r, -np.log1p(-self.rare.rate_g[group])
+        return np.unique(sites[rng.integers(0, max(1, len(sites)), rng.poisson(len(sites) * hazard))])
+
     def materialise(self, paths: Paths, first_site: int = 0, stop_site: int | None = None) -> np.ndarray:
         """Alleles of `paths` at sites first_site .. stop_site-1, packed (sites, ceil(N/64)): one block of a long
         output."""
-        block_lw = self.bits_lw[first_site : self.n_sites if stop_site is None else stop_site]
+        stop_site = self.n_sites if stop_site is None else stop_site
+        block_lw, common_l = self.bits_lw[first_site:stop_site], self.rare.common_l[first_site:stop_site]
+        if (common_l >= 0).any():
+            block_lw = block_lw.copy()
+            block_lw[common_l == 0] = 0
+            block_lw[common_l == 1] = bits.pack(np.ones((1, self.k), dtype=np.uint8))
         return haplotype_hmm.materialise(
             block_lw, self.k, paths.segment_offset_n, paths.segment_start_s, paths.segment_donor_s,
             paths.flip_offset_n, paths.flip_site_f, first_site=first_site,

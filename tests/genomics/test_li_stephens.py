@@ -166,6 +166,87 @@ def test_split_multiallelics_are_not_inverted():
     assert (np.delete(hit, [4, 5]) > 50).all()
 
 
+def private_panel(people: int = 40, groups=("north", "south")):
+    """Person i alone carries the rare allele of sites i and people + i (there REF is the rare one), homozygous where i is
+    even; the next sites are carried by two people, the next by nobody; then some that vary."""
+    own = np.zeros((people, 2 * people), dtype=np.uint8)
+    for i in range(people):
+        own[i, 2 * i : 2 * i + 1 + (i % 2 == 0)] = 1
+    pairs = own[0::2] | own[1::2]
+    common = np.random.default_rng(1).integers(0, 2, (40, 2 * people), dtype=np.uint8)
+    alleles_ln = np.concatenate([own, 1 - own, pairs, np.zeros((10, 2 * people), dtype=np.uint8), common])
+    return panel_from_alleles(
+        alleles_ln, np.arange(len(alleles_ln)) * 5_000 + 1, "1", [f"p{i}" for i in range(people)],
+        group=[groups[i % 2] for i in range(people)], position_cm=np.arange(len(alleles_ln)) * 1e-2,
+    )  # fmt: skip
+
+
+def test_what_one_person_carries_arises_anew_and_is_not_copied():
+    people, n = 40, 3_000
+    panel = private_panel(people)
+    model = fit(panel, LiStephensConfig(ne=10_000, mismatch=0.0))
+    rare = model.rare
+    assert rare.common_l.tolist() == [0] * people + [1] * people + [-1] * 20 + [0] * 10 + [-1] * 40
+    assert rare.new_site_r.tolist() == [*range(2 * people), *range(2 * people + 20, 2 * people + 30)]
+    carried = people * 1.5 / 2 * 2  # by the haplotypes of a group: 1 or 2 of each of its people, at two sites
+    by_group = [2 * 2 * 20, 2 * 1 * 20]  # even people are homozygous and the first group's
+    assert sum(by_group) == 2 * carried
+    np.testing.assert_allclose(rare.rate_g, np.array(by_group) / (people * 90))
+    paths, group_n = model.paths(n, seed=1)
+    alleles_ln = panel_of(model.materialise(paths), 2 * n)
+    other_ln = alleles_ln[rare.new_site_r] != rare.common_l[rare.new_site_r, None]
+    for g, rate in enumerate(rare.rate_g):
+        of_group = other_ln[:, np.repeat(group_n, 2) == g]
+        deviation = np.sqrt(rate / of_group.size)
+        assert of_group.mean() == pytest.approx(rate, abs=4 * deviation)
+        assert of_group[80:].mean() == pytest.approx(rate, abs=4 * np.sqrt(rate / of_group[80:].size)), (
+            "nobody's sites too"
+        )
+    # who copies person i at i's site has the allele no more often than others
+    donor_ln = np.stack([donors_at(paths, site, 2 * n) for site in range(people)])
+    own_ln = donor_ln // 2 == np.arange(people)[:, None]
+    chance = other_ln[:people][~own_ln].mean()
+    assert other_ln[:people][own_ln].mean() == pytest.approx(chance, abs=4 * np.sqrt(chance / own_ln.sum()))
+    # what two people carry is copied
+    pair_ln = alleles_ln[2 * people : 2 * people + 20]
+    first = np.stack([donors_at(paths, 2 * people + j, 2 * n) for j in range(20)])
+    np.testing.assert_array_equal(
+        pair_ln, panel_of(panel.bits_lw, 2 * people)[2 * people + np.arange(20)[:, None], first]
+    )
+
+
+def test_rare_alleles_are_copied_where_that_is_asked_for_and_split_sites_get_none():
+    panel = private_panel()
+    copied = fit(panel, LiStephensConfig(ne=10_000, mismatch=0.0, min_carriers=1))
+    assert (copied.rare.common_l == -1).all()
+    paths, _ = copied.paths(50, seed=1)
+    donor_ln = np.stack([donors_at(paths, site, 100) for site in range(panel.n_sites)])
+    expected = np.take_along_axis(panel_of(panel.bits_lw, panel.n_haplotypes), donor_ln, axis=1)
+    np.testing.assert_array_equal(panel_of(copied.materialise(paths), 100), expected)
+    assert (fit(panel, LiStephensConfig(min_carriers=3)).rare.common_l[80:100] == 0).all()
+    split = replace(
+        panel, sites=replace(panel.sites, alt_index=np.repeat([1, 0], [80, panel.n_sites - 80]).astype(np.int16))
+    )
+    rare = fit(split).rare
+    assert (rare.common_l[:40] == 0).all(), "one ALT of several is not copied"
+    assert (rare.common_l[40:80] == -1).all(), "a rare REF says nothing of which ALT is common"
+    assert rare.new_site_r.tolist() == [*range(100, 110)]
+
+
+def panel_of(bits_lw, n):
+    return np.unpackbits(bits_lw.view(np.uint8), axis=1, bitorder="little")[:, :n]
+
+
+def donors_at(paths, site, n):
+    """Donor of each haplotype at a site."""
+    found = []
+    for k in range(n):
+        part = slice(paths.segment_offset_n[k], paths.segment_offset_n[k + 1])
+        at = np.searchsorted(paths.segment_start_s[part], site, side="right") - 1
+        found.append(paths.segment_donor_s[part][at])
+    return np.array(found)
+
+
 def test_materialised_by_blocks_is_the_same():
     model = fit(small_panel())
     paths, _ = model.paths(40, seed=2)
