@@ -174,36 +174,11 @@ def panel_sha256(panel: HaplotypePanel) -> str:
     return digest.hexdigest()
 
 
-def families(panel: HaplotypePanel) -> dict[str, str]:
-    """Who has to lie on one side: the id of the first of each family, by the id of every person.
-
-    A family is joined by equal genotypes under two ids and by kinship of the second degree or closer, as far as the sites
-    can tell (`engine.genomics.relatedness`); people whose sites cannot tell are families of their own.
-    """
-    from engine.genomics.relatedness import THRESHOLDS, close_pairs, genotypes_of_panel, resolution, same_people
-
-    head = {name: name for name in panel.samples.ids}
-    if (np.diff(panel.samples.first_haplotype) != 2).any():
-        return head  # kinship is defined for diploid people
-    resolved, pairs = resolution(panel), panel.n_samples * (panel.n_samples - 1) // 2
-    joined: list[tuple[int, int]] = []
-    if resolved.judges_identity(pairs):
-        joined += same_people(genotypes_of_panel(panel))[0]
-    levels = (resolved.limit(least, pairs) for least in reversed(THRESHOLDS))
-    level = next((limit for limit in levels if limit is not None), None)
-    if level is not None:
-        kin = close_pairs(genotypes_of_panel(panel, resolved.site_l), None, level)
-        joined += zip(kin.first_p.tolist(), kin.second_p.tolist(), strict=True)
-    for first, second in joined:
-        one, other = sorted((head[panel.samples.ids[first]], head[panel.samples.ids[second]]))
-        head = {name: one if own == other else own for name, own in head.items()}
-    return head
-
-
 def _write_panels(
     track: Track, data: Path, folder: Path, progress: Progress | None
 ) -> tuple[dict[str, str], str, dict[str, int]]:
     from engine.genomics.pools import check_sides
+    from engine.genomics.relatedness import families
 
     wanted = track.genotypes
     assert wanted is not None

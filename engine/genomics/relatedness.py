@@ -359,3 +359,27 @@ def _rows_of_blocks(
                     else:
                         apart = 4 * opposite + mine + theirs
                         tile_ab[i * BLOCK + r, j * BLOCK + c] = 0.5 - apart / (4.0 * fewer)
+
+
+def families(panel: HaplotypePanel) -> dict[str, str]:
+    """Who has to lie on one side: the id of the first of each family, by the id of every person.
+
+    A family is joined by equal genotypes under two ids and by kinship of the second degree or closer, as far as the sites
+    can tell; people whose sites cannot tell are families of their own.
+    """
+    head = {name: name for name in panel.samples.ids}
+    if (np.diff(panel.samples.first_haplotype) != 2).any():
+        return head  # kinship is defined for diploid people
+    resolved, pairs = resolution(panel), panel.n_samples * (panel.n_samples - 1) // 2
+    joined: list[tuple[int, int]] = []
+    if resolved.judges_identity(pairs):
+        joined += same_people(genotypes_of_panel(panel))[0]
+    levels = (resolved.limit(least, pairs) for least in reversed(THRESHOLDS))
+    level = next((limit for limit in levels if limit is not None), None)
+    if level is not None:
+        kin = close_pairs(genotypes_of_panel(panel, resolved.site_l), None, level)
+        joined += zip(kin.first_p.tolist(), kin.second_p.tolist(), strict=True)
+    for first, second in joined:
+        one, other = sorted((head[panel.samples.ids[first]], head[panel.samples.ids[second]]))
+        head = {name: one if own == other else own for name, own in head.items()}
+    return head

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.benchmark.sides import assign, check_files, families, load_sides, panel_sha256, prepare
+from engine.benchmark.sides import assign, check_files, load_sides, panel_sha256, prepare
 from engine.benchmark.tracks import DataFile, load_track, names
 from engine.errors import InputError, UsageError
 from engine.genomics.panel import read_panel, write_panel
+from engine.genomics.relatedness import families
+from engine.genomics.split import held_out
 
 
 def test_standard_tracks_load_and_name_their_columns_and_entrants() -> None:
@@ -86,6 +88,10 @@ def test_one_person_under_two_ids_lies_on_one_side(genotype_track, tmp_path: Pat
     write_panel(doubled, tmp_path / "panel.bcf")
     values = yaml.safe_load(genotype_track[0].read_text()) | {"files": [{"path": "panel.bcf"}], "name": "twins"}
     values["genotypes"] = {"panel": "panel.bcf"}
+    for seed in range(3):
+        chosen = dict(zip(ids, held_out(doubled, 0.3, seed).tolist(), strict=True))
+        assert all(chosen[f"TWIN{k}"] == chosen[f"P{k:03d}"] for k in range(20))
+        assert 30 < sum(chosen.values()) < 80
     sides = prepare(load_track(write_track(tmp_path, **values)), tmp_path, tmp_path / "split")
     lies = {name: side for side in ("train", "test", "fresh") for name in read_panel(sides.side(side)).samples.ids}
     assert all(lies[f"TWIN{k}"] == lies[f"P{k:03d}"] for k in range(20))
