@@ -2,6 +2,7 @@
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow perf gpu env help clean
 VENV ?= .venv
+TEST_WORKERS ?= 2
 DEMO ?= runs/demo
 export VENV
 
@@ -19,12 +20,12 @@ test:            ## lint, types and tests
 	@bash scripts/test_tools.sh
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-slow:       ## the expensive checks as well
 	@bash scripts/make_env.sh demo,test
 	@bash scripts/test_tools.sh
-	$(VENV)/bin/python -m pytest -m 'slow or not slow'
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'slow or not slow'
 
 perf:            ## benchmarks on the CPU beside their peers, at most 15 minutes; a record under perf/history, runs/perf/report.html
 	@begin=$$(date +%s) && bash scripts/make_env.sh demo,perf && bash scripts/perf_peers.sh && \

@@ -251,7 +251,7 @@ def cases() -> list[Case]:
     f32, f64 = _forward(np.float32), _forward(np.float64)
     return [
         _case("forward_f32", f32, sites, HAPLOTYPES, n, "simulated", (5.0, 400.0)),
-        _case("forward_f64", f64, sites, HAPLOTYPES, n, "simulated", (2.0, None)),
+        _case("forward_f64", f64, sites, HAPLOTYPES, n, "simulated", (2.0, None), quick=False),
         _case("forward_random_f32", f32, 2_000, HAPLOTYPES, n, "random", (5.0, 400.0)),
         _case("forward_random_f64", f64, 2_000, HAPLOTYPES, n, "random", (2.0, None), quick=False),
         _case("forward_few_f32", f32, 2_000, HAPLOTYPES, 4, "random", (4.0, None)),

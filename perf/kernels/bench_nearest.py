@@ -32,8 +32,8 @@ def cases() -> list[Case]:
         *(_features("l2", 2_000, 20_000, 512, product) for product in (None, "bfloat16", "float32")),
         *(_features("l2", 10_000, 50_000, 512, product, quick=False) for product in (None, "bfloat16", "float32")),
         _features("cosine", 2_000, 20_000, 512, None, quick=False),
-        _features("correlation", 2_000, 20_000, 512, None),
-        _features("l2", 2_000, 20_000, 512, None, threads=2),
+        _features("correlation", 2_000, 20_000, 512, None, quick=False),
+        _features("l2", 2_000, 20_000, 512, None, threads=2, quick=False),
         _patches(500, 2_000, 24),
     ]
 
@@ -155,6 +155,7 @@ def _hamming_range(queries: int, rows: int, width: int) -> Case:
         floor_bytes=8.0 * words * (queries + rows),
         floor_ops=queries * rows * words,
         limit="popcount",
+        quick=False,
     )
 
 
