@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import numba
 import numpy as np
 import pgenlib
 
@@ -107,28 +108,54 @@ def _read_calls(
         reader = pgenlib.PgenReader(
             str(pgen).encode(), raw_sample_ct=samples, variant_ct=len(counts), allele_idx_offsets=offsets
         )
+        most = min(limit, int(keep[-1]) + 1 - int(keep[0]))
+        alleles, phases = np.empty((most, 2 * samples), dtype=np.int32), np.empty((most, samples), dtype=np.bool_)
         try:
             for start in range(int(keep[0]), int(keep[-1]) + 1, limit):  # kept variants are contiguous
                 stop = min(start + limit, int(keep[-1]) + 1)
-                allele_bn = np.empty((stop - start, 2 * samples), dtype=np.int32)
-                phase_bs = np.empty((stop - start, samples), dtype=np.bool_)
+                allele_bn, phase_bs = alleles[: stop - start], phases[: stop - start]
                 reader.read_alleles_and_phasepresent_range(start, stop, allele_bn, phase_bs)
                 if allele_bn.size and int((allele_bn.max(axis=1) - counts[start:stop]).max()) > 0:
                     raise ValueError("an allele number beyond ALT")
-                one, two = allele_bn[:, 0::2], allele_bn[:, 1::2]
-                het_bs = one != two
-                phased &= not bool((het_bs & ~phase_bs).any())
-                het_s |= het_bs.any(axis=0)
-                row = np.repeat(np.arange(stop - start), counts[start:stop])
-                alt = np.concatenate([np.arange(1, c + 1) for c in counts[start:stop]])
-                planes.append(bits.pack(allele_bn[row] == alt[:, None]))
-                missing.append(bits.pack((allele_bn < 0)[row]))
+                rows = int(counts[start:stop].sum())
+                planes.append(np.empty((rows, bits.words(2 * samples)), dtype=np.uint64))
+                missing.append(np.empty_like(planes[-1]))
+                phased &= bool(_pack_calls(allele_bn, phase_bs, counts[start:stop], planes[-1], missing[-1], het_s))
         finally:
             reader.close()
     empty = np.zeros((0, bits.words(2 * samples)), dtype=np.uint64)
     bits_lw = np.concatenate(planes) if planes else empty
     missing_lw = np.concatenate(missing) if missing else empty
     return bits_lw, missing_lw if missing_lw.any() else None, phased, het_s
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack_calls(
+    allele_bn: np.ndarray,
+    phase_bs: np.ndarray,
+    counts_b: np.ndarray,
+    bits_rw: np.ndarray,
+    missing_rw: np.ndarray,
+    het_s: np.ndarray,
+) -> bool:
+    """A row of bits and of missing for each ALT of each variant; marks who has a het call, says whether all are phased."""
+    phased, row = True, 0
+    for b in range(allele_bn.shape[0]):
+        called = allele_bn[b]
+        for alt in range(1, counts_b[b] + 1):
+            for w in range(bits_rw.shape[1]):
+                word, lost = np.uint64(0), np.uint64(0)
+                part = called[64 * w : 64 * w + 64]
+                for k in range(len(part)):
+                    word |= np.uint64(part[k] == alt) << np.uint64(k)
+                    lost |= np.uint64(part[k] < 0) << np.uint64(k)
+                bits_rw[row, w], missing_rw[row, w] = word, lost
+            row += 1
+        for s in range(phase_bs.shape[1]):
+            het = called[2 * s] != called[2 * s + 1]
+            het_s[s] |= het
+            phased &= phase_bs[b, s] or not het
+    return phased
 
 
 def _check_pgen(pgen: Path, samples: int, variants: int) -> None:
