@@ -29,7 +29,7 @@ test-slow:       ## the expensive checks as well
 
 perf:            ## benchmarks on the CPU beside their peers, at most 15 minutes; a record under perf/history, runs/perf/report.html
 	@begin=$$(date +%s) && bash scripts/make_env.sh demo,perf && bash scripts/perf_peers.sh && \
-	$(VENV)/bin/python -m perf run --peers --curves --budget-seconds $$((780 - $$(date +%s) + begin)) && \
+	$(VENV)/bin/python -m perf run --peers --budget-seconds $$((840 - $$(date +%s) + begin)) && \
 	$(VENV)/bin/python -m perf report
 
 gpu:             ## tests and benchmarks on a GPU machine with only torch, numpy, numba and triton; no environment is made

@@ -75,7 +75,7 @@ def _colour(peer: PeerRecord) -> str:
 
 
 def readme(records: Sequence[Record]) -> str:
-    """Markdown table of the ratios of one machine, each row with the id of its record."""
+    """Markdown table of one machine's ratios that have a goal, and of those where a peer is ahead; with the record's id."""
     lines = [
         "| work | size | ours | peer | times as fast, p50 (p20 to p80) | goal | record |",
         "|---|---|---|---|---|---|---|",
@@ -91,7 +91,10 @@ def readme(records: Sequence[Record]) -> str:
             else:
                 ratio = f"{peer.ratio.p50:.3g} ({peer.ratio.p20:.3g} to {peer.ratio.p80:.3g})"
                 ratio += "; results differ" if peer.status == "differs" else ""
-            goal = "" if peer.goal is None else f"{peer.goal:g}" + ("" if peer.met else ", not met")
+            if peer.goal is None and (peer.ratio is None or peer.ratio.p50 >= 1):
+                continue
+            missed = ", not met" if peer.ratio is not None else ", not measured"
+            goal = "" if peer.goal is None else f"{peer.goal:g}" + ("" if peer.met else missed)
             cells = (record.case, size_in_words(record), ours, name, ratio, goal, f"`{record.id}`")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

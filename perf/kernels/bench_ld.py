@@ -1,4 +1,4 @@
-"""Linkage disequilibrium beside plink2, PLINK 1.9, an int8 and a float32 matrix product: matrices, lists, pruning, blocks.
+"""Linkage disequilibrium beside plink2, PLINK 1.9 and an int8 matrix product: matrices, lists, pruning, blocks, files.
 
 Panels are simulated so that LD looks like that of people: the carriers of a site are a run of an order of haplotypes that
 changes slowly (a few move at each site), and neighbouring sites share runs. plink2 reads its own files; of it and of PLINK
@@ -101,8 +101,6 @@ def _matrix(
                 "torch int8 product", _torch_int8, _int8(n, unphased), _like_ours, 3, lambda: missing_package("torch")
             )
             peers += (torch_int8,)
-            if not unphased:
-                peers += (Peer("numpy float32 product", _numpy_float32, _float32(n, unphased), _like_ours),)
     return Case(
         f"ld.{name}", {"sites": sites, "haplotypes": n}, pairs, "pairs", lambda: panel(sites, n),
         lambda bits_lw: ld.r2(bits_lw, n, unphased=unphased), peers, 4.0 * sites * sites, pairs * words, "popcount",
@@ -169,10 +167,6 @@ def _int8(n: int, unphased: bool) -> Callable[[np.ndarray], Any]:
     return prepare
 
 
-def _float32(n: int, unphased: bool) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda bits_lw: _values(bits_lw, n, unphased).astype(np.float32)
-
-
 def _torch_int8(values_ln: Any) -> np.ndarray:
     """The whole product in int32, r2 from it in place: what a user of torch would write."""
     import torch
@@ -182,18 +176,6 @@ def _torch_int8(values_ln: Any) -> np.ndarray:
     variances_l = n * products.diagonal() - sums_l * sums_l
     x = products.mul_(n).sub_(sums_l[:, None] * sums_l)
     return x.square_().div_(variances_l[:, None]).div_(variances_l).numpy()
-
-
-def _numpy_float32(values_ln: np.ndarray) -> np.ndarray:
-    products = values_ln @ values_ln.T
-    n, sums_l = np.float32(values_ln.shape[1]), values_ln.sum(axis=1)
-    variances_l = n * np.diagonal(products) - sums_l * sums_l
-    products *= n
-    products -= sums_l[:, None] * sums_l
-    products *= products
-    products /= variances_l[:, None]
-    products /= variances_l
-    return products
 
 
 def _like_ours(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -157,6 +157,7 @@ def test_readme_table_names_its_records():
     assert f"| 31.5 (29.9 to 34.6) | 9 | `{RUNS[2]}-002` |" in lines[2]
     assert "| 2.33 (2.22 to 2.57) | 3, not met |" in lines[4]
     assert "missing: not on <this> machine" in lines[3]
+    assert "| 5, not measured |" in lines[3]
     assert "results differ" in lines[5]
 
 
