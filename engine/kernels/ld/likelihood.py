@@ -144,35 +144,23 @@ _NEGLIGIBLE, _NOTHING = 1e-9, 1e-18  # beyond the only peak all is below; summed
 
 
 @numba.njit(cache=True, nogil=True)
+def _from(likelihood_q: np.ndarray, first: int, stop: int, above: float) -> float:
+    """`above`, what lies from `stop` on, and the places first .. stop-1, from the last down."""
+    for q in range(stop - 1, first - 1, -1):
+        above += likelihood_q[q]
+    return above
+
+
+@numba.njit(cache=True, nogil=True)
 def _kind(likelihood_q: np.ndarray) -> tuple[int, float]:
     """Kind, and how near the nearest limit that was looked at lies."""
-    above, at = 0.0, 101
-    from_97 = from_89 = from_82 = from_72 = from_71 = from_52 = 0.0
-    while at > 97:
-        at -= 1
-        above += likelihood_q[at]
-    from_97 = above
-    while at > 89:
-        at -= 1
-        above += likelihood_q[at]
-    from_89 = above
-    while at > 82:
-        at -= 1
-        above += likelihood_q[at]
-    from_82 = above
-    while at > 72:
-        at -= 1
-        above += likelihood_q[at]
-    from_72 = above
-    from_71 = above + likelihood_q[71]
-    while at > 52:
-        at -= 1
-        above += likelihood_q[at]
-    from_52 = above
-    while at > 0:
-        at -= 1
-        above += likelihood_q[at]
-    total = above
+    from_97 = _from(likelihood_q, 97, 101, 0.0)
+    from_89 = _from(likelihood_q, 89, 97, from_97)
+    from_82 = _from(likelihood_q, 82, 89, from_89)
+    from_72 = _from(likelihood_q, 72, 82, from_82)
+    from_71 = from_72 + likelihood_q[71]
+    from_52 = _from(likelihood_q, 52, 72, from_72)
+    total = _from(likelihood_q, 0, 52, from_52)
     margin = abs(total - 20 * from_89)
     if total >= 20 * from_89:
         return 0, margin
