@@ -56,11 +56,13 @@ class DataConfig(_Section):
 
 
 class Budget(_Section):
-    """A stage ends at `steps` or after `max_minutes` of measured wall time, whichever comes first; the log says
-    which."""
+    """A stage ends at `steps` or after `max_minutes` of measured time, whichever comes first; the log says which."""
 
     steps: int | None = Field(None, ge=1)
     max_minutes: float | None = Field(None, gt=0)
+    minutes_of: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: seconds that processors worked for the process; no measure of a GPU's work"
+    )
     batch_size: int = Field(4, ge=1, description="global batch, all processes together")
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)

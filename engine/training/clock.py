@@ -1,12 +1,14 @@
-"""Steps and wall time of one training stage over all its sittings, what ends it, and the learning rate that follows.
+"""Steps and time of one training stage over all its sittings, what ends it, and the learning rate that follows.
 
 A stage has a budget in steps, in minutes, or both. In minutes the clock of one process counts; the loop makes all
-ranks agree on it (`seconds`), so that they stop together and use one learning rate.
+ranks agree on it (`seconds`), so that they stop together and use one learning rate. Minutes are of the wall, or of the
+processor: on a machine that is shared with other work only the second is the same amount of training twice.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any, Protocol
 
@@ -18,24 +20,32 @@ class Budget(Protocol):
 
     steps: int | None
     max_minutes: float | None
+    minutes_of: str
     learning_rate: float
     warmup_steps: int
 
 
+def cpu_seconds() -> float:
+    """Seconds that processors have worked for this process, all its threads, and the children it has waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 class Clock:
-    """Steps and wall seconds of one stage, over all its sittings, and the learning rate that follows from them."""
+    """Steps and seconds of one stage, over all its sittings, and the learning rate that follows from them."""
 
     def __init__(self, budget: Budget, state: dict[str, Any]) -> None:
         self.budget = budget
+        self._now = cpu_seconds if budget.minutes_of == "cpu" else time.monotonic
         self.step = int(state.get("stage_step", 0))
         self.bad_steps = int(state.get("bad_steps", 0))
-        self._earlier, self._since = float(state.get("seconds", 0.0)), time.monotonic()
+        self._earlier, self._since = float(state.get("seconds", 0.0)), self._now()
         self.seconds = self._earlier  # as agreed by all ranks at the start of the step
         self.saved_step, self.saved_seconds = self.step, self._earlier
 
     def read(self) -> float:
-        """Wall seconds now, on this process."""
-        return self._earlier + time.monotonic() - self._since
+        """Seconds now, on this process."""
+        return self._earlier + self._now() - self._since
 
     def progress(self) -> float:
         """Share of the budget used, by the bound that is nearer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from engine.training.clock import LAST_RATE, Clock
 
 
-def clock(steps=None, minutes=None, **state) -> Clock:
-    budget = SimpleNamespace(steps=steps, max_minutes=minutes, learning_rate=1.0, warmup_steps=10)
+def clock(steps=None, minutes=None, minutes_of="wall", **state) -> Clock:
+    budget = SimpleNamespace(
+        steps=steps, max_minutes=minutes, minutes_of=minutes_of, learning_rate=1.0, warmup_steps=10
+    )
     return Clock(budget, state)
 
 
@@ -34,3 +37,14 @@ def test_rate_warms_up_and_ends_low():
 
 def test_seconds_of_earlier_sittings_count():
     assert 50.0 <= clock(minutes=1.0, seconds=50.0).read() < 55.0
+
+
+def test_a_budget_of_the_processor_does_not_count_waiting():
+    waited, worked = clock(minutes=1.0, minutes_of="wall"), clock(minutes=1.0, minutes_of="cpu", seconds=50.0)
+    time.sleep(0.3)
+    assert waited.read() > 0.29
+    assert 50.0 <= worked.read() < 50.2
+    begun = time.process_time()
+    while time.process_time() - begun < 0.1:
+        pass
+    assert worked.read() >= 50.08  # the system counts in hundredths
