@@ -5,6 +5,7 @@ A reader never sees half a file; a job killed at any moment leaves at most a `.p
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".partial-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's entries so that a rename in it survives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -39,13 +40,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     partial = _beside(path)
     try:
         yield partial
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(partial)
         os.replace(partial, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -67,15 +64,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for entry in partial.rglob("*"):
-            if entry.is_file():
-                descriptor = os.open(entry, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        os.rename(partial, path)
-        fsync_folder(path.parent)
+        for entry in (partial, *partial.rglob("*")):  # folders too: a name that is not on disk is a lost file
+            if entry.is_file() or entry.is_dir():
+                fsync(entry)
+        try:
+            os.rename(partial, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UsageError(
+                "a folder that does not exist yet", "one made by another job meanwhile", path, "another --out"
+            ) from None
+        fsync(path.parent)
     finally:
         if partial.exists():
             shutil.rmtree(partial)

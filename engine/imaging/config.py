@@ -143,6 +143,10 @@ class TrainingConfig(_Section):
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(50, ge=1)
     gradient_clip: float = Field(1.0, gt=0)
+    accumulate: int = Field(1, ge=1, description="parts in which a process works through its share of a batch")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: each holds the denoiser, or a part of it (fsdp)"
+    )
     bad_step_limit: int = Field(
         10, ge=1, description="steps with a non-finite loss or gradient are skipped, at most so many"
     )

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.atomic import atomic_folder, write_json
-from engine.errors import CorruptRun
+from engine.errors import CorruptRun, EngineError
 from engine.provenance import sha256
+from engine.training.distributed import like
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -37,31 +39,85 @@ def steps(run: str | Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in Path(run).glob("checkpoints/step-*") if p.is_dir())
 
 
+def snapshot(parts: Parts) -> Parts:
+    """Copies on the CPU that later steps of the optimizer do not change."""
+    return {
+        name: {k: t.detach().to("cpu", copy=True).contiguous() for k, t in ts.items()} for name, ts in parts.items()
+    }
+
+
 def save(run: str | Path, step: int, parts: Parts, state: dict[str, Any], *, keep: int | None = None) -> Path:
     """Write a checkpoint of `parts` and the JSON-ready `state`; then remove all but the newest `keep`.
 
-    Only one process of a job calls this.
+    Only one process of a job calls this. Killed at any moment it leaves the earlier checkpoints as they were.
+
+    Raises:
+        EngineError: it could not be written (a full or read-only disk); nothing half-written is left under its name.
     """
     target = folder_of(run, step)
+    try:
+        return _save(target, step, parts, state, keep)
+    except (OSError, SafetensorError) as error:
+        whole = [s for s in steps(run) if not _fault(folder_of(run, s))]
+        after = f"; the same command with --resume goes on from step {whole[-1]}" if whole else ""
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise EngineError("room for a checkpoint", why, target, f"free or writable space{after}") from None
+
+
+def _save(target: Path, step: int, parts: Parts, state: dict[str, Any], keep: int | None) -> Path:
     if target.exists():  # a stage that ends where it was resumed; what is there is replaced only if it is another thing
-        if not _fault(target) and json.loads((target / "state.json").read_text(encoding="utf-8")).get(
-            "done"
-        ) == state.get("done"):
-            return target
-        target.rename(target.with_name(f".partial-replaced-{target.name}"))
+        if not _fault(target):
+            stored = json.loads((target / "state.json").read_text(encoding="utf-8"))
+            if stored.get("done") == state.get("done"):
+                return target
+            if _same(parts, target):  # only the state is new, and one file is replaced without a moment in between
+                write_json(target / "state.json", {**state, "step": step, "sha256": stored["sha256"]})
+                return target
+        _remove(target)
     with atomic_folder(target) as partial:
         digests = {}
         for name, tensors in parts.items():
             file = partial / f"{name}.safetensors"
-            save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, file)
+            save_file(_apart(tensors), file)
             digests[file.name] = sha256(file)
         write_json(partial / "state.json", {**state, "step": step, "sha256": digests})
     for leftover in target.parent.glob(".partial-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep is not None:
-        for old in steps(run)[:-keep]:
-            shutil.rmtree(folder_of(run, old))
+        for old in steps(target.parent.parent)[:-keep]:
+            _remove(folder_of(target.parent.parent, old))
     return target
+
+
+def _same(parts: Parts, folder: Path) -> bool:
+    """Whether a whole checkpoint holds exactly these tensors."""
+    if {f"{name}.safetensors" for name in parts} != {p.name for p in folder.glob("*.safetensors")}:
+        return False
+    for name, tensors in parts.items():
+        stored = load_file(folder / f"{name}.safetensors")
+        if stored.keys() != tensors.keys() or not all(torch.equal(stored[k], t.cpu()) for k, t in tensors.items()):
+            return False
+    return True
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` as safetensors takes them: on the CPU, contiguous, no two of them in one memory."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return apart
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed half-way it no longer has the name of one."""
+    aside = folder.with_name(f".partial-removed-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(run: str | Path, step: int | None = None) -> tuple[Parts, dict[str, Any]]:
@@ -135,9 +191,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     stored = [len(g["params"]) for g in groups]
     if own != stored:
         raise CorruptRun(f"an optimizer over {own} parameters", f"{stored}", "optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = like(value, parameters[int(index)])
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

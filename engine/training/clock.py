@@ -37,7 +37,7 @@ class Clock:
     def __init__(self, budget: Budget, state: dict[str, Any]) -> None:
         self.budget = budget
         self._now = cpu_seconds if budget.minutes_of == "cpu" else time.monotonic
-        self.step = int(state.get("stage_step", 0))
+        self.step = self._first = int(state.get("stage_step", 0))
         self.bad_steps = int(state.get("bad_steps", 0))
         self._earlier, self._since = float(state.get("seconds", 0.0)), self._now()
         self.seconds = self._earlier  # as agreed by all ranks at the start of the step
@@ -55,6 +55,16 @@ class Clock:
         if self.budget.max_minutes:
             shares.append(self.seconds / 60.0 / self.budget.max_minutes)
         return min(1.0, max(shares))
+
+    def left(self) -> float:
+        """Seconds left at the pace of this sitting, NaN before its first step; never more than the budget in minutes."""
+        done = self.step - self._first
+        bounds = []
+        if self.budget.steps and done:
+            bounds.append((self.budget.steps - self.step) * (self.read() - self._earlier) / done)
+        if self.budget.max_minutes:
+            bounds.append(60.0 * self.budget.max_minutes - self.read())
+        return max(0.0, min(bounds)) if bounds else math.nan
 
     def bound(self) -> str:
         """Which bound has been reached: "steps", "minutes" or none ("")."""
