@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -47,16 +48,17 @@ def input_record(path: str | Path) -> dict[str, Any]:
 
 @cache
 def commit() -> dict[str, Any]:
-    """Git commit of the installed source and whether it was modified; unknown outside a checkout."""
+    """Git commit of the installed source and whether it was modified; outside a checkout $ENGINE_COMMIT, or unknown."""
     here = Path(__file__).resolve().parent
+    outside = {"commit": os.environ.get("ENGINE_COMMIT") or "unknown", "modified": None}
     try:
         run = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True, timeout=10)  # noqa: E731
         head = run("rev-parse", "HEAD")
         if head.returncode != 0:
-            return {"commit": "unknown", "modified": None}
+            return outside
         return {"commit": head.stdout.strip(), "modified": bool(run("status", "--porcelain", "--", ".").stdout.strip())}
     except (OSError, subprocess.TimeoutExpired):
-        return {"commit": "unknown", "modified": None}
+        return outside
 
 
 @cache

@@ -24,6 +24,20 @@ app = typer.Typer(no_args_is_help=True, help="3D scans: train a latent diffusion
 
 
 @app.command()
+def prepare(
+    config: Annotated[Path, typer.Option("--config", help="YAML, one whole run; see configs/imaging/.")],
+    data: Annotated[Path, typer.Option("--data", help="CSV, as for train.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the fitted scans; it holds people's data.")],
+    overrides: Overrides = None,
+    json: JsonFlag = False,
+) -> None:
+    """Read, check and fit the scans that training will read; `train --cache` takes the folder."""
+    from engine.imaging.prepare import prepare_command
+
+    emit(prepare_command(config, data, out, overrides=overrides or []), json)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Option("--config", help="YAML, one whole run; see configs/imaging/.")],
     data: Annotated[
@@ -32,6 +46,7 @@ def train(
     ],
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Folder made by `engine imaging prepare`.")] = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
 ) -> None:
@@ -39,7 +54,9 @@ def train(
     from engine.imaging.commands import train_command
 
     with progress_bar() as progress:
-        result = train_command(config, data, out, overrides=overrides or [], resume=resume, progress=progress)
+        result = train_command(
+            config, data, out, overrides=overrides or [], resume=resume, cache=cache, progress=progress
+        )
     emit(result, json)
 
 

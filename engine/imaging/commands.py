@@ -27,6 +27,7 @@ def train_command(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`engine imaging train`: see `engine.imaging.train.train`; also leaves `train.csv` and `holdout.csv` in `out`."""
@@ -34,7 +35,7 @@ def train_command(
     from engine.imaging.train import train
 
     config = load_config(config_path, list(overrides))
-    result = train(config, data_csv, out, resume, progress)
+    result = train(config, data_csv, out, resume, progress, cache)
     return {**result, "scans": write_split(data_csv, config.data, out)}
 
 

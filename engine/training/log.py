@@ -39,7 +39,13 @@ class Log:
         if not self.enabled:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **plain}, allow_nan=False) + "\n")
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **plain}, allow_nan=False)
+        try:
+            with self.path.open("ab+") as stream:
+                # a run that was killed, or whose disk was full, may have left half a line
+                cut = stream.tell() and stream.seek(-1, 2) >= 0 and stream.read(1) != b"\n"
+                stream.write(("\n" if cut else "").encode() + line.encode() + b"\n")
+        except OSError as error:  # the next checkpoint tells it better, and may find the disk mended
+            print(f"the log could not be written: {error.strerror}", file=sys.stderr, flush=True)
         words = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
         print(f"{event}  {words}", file=sys.stderr, flush=True)

@@ -1,21 +1,30 @@
-# What differs from site to site; every job sources it. Edit this file, not the jobs.
-# Account, partition and the like: uncomment here and pass them with `sbatch $ENGINE_SBATCH job.sbatch`.
-# export ENGINE_SBATCH="--account=MY_ACCOUNT --partition=MY_PARTITION"
+# What differs from site to site. Edit this file (or point ENGINE_ENV at a copy of it), not the jobs: every job and
+# pipeline.sh source it. Everything here may also be set before submitting.
+
+# sbatch reads these names by itself; for a single `sbatch job.sbatch` source this file first.
+# export SBATCH_ACCOUNT=my_account
+# export SBATCH_PARTITION=my_partition
+
+# What pipeline.sh gives its jobs beyond the #SBATCH lines in them. Training takes one task per GPU; on several nodes:
+# ENGINE_TRAIN_RESOURCES="--nodes=4 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --mem=0 --time=24:00:00"
+# ENGINE_GENERATE_RESOURCES="--gpus-per-node=1 --time=02:00:00"
+# ENGINE_AUDIT_RESOURCES="--mem=64G --time=08:00:00"
 
 # module load python/3.12 cuda/13       # whatever the site calls them
 
-# The checkout that holds .venv (made with `make env` on a login node).
+# A container (scripts/slurm/engine.def); without one the environment $VENV is used.
+# ENGINE_IMAGE=/path/to/engine.sif
+# ENGINE_BINDS=/scratch,/project        # folders the container sees beside your home
+
+# The checkout that holds .venv (made with `make env` on a login node), or VENV=/path/to/another one.
 export ENGINE_HOME=${ENGINE_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-# Fast scratch of the node; results are written to the paths given to the job, never only here.
+export VENV=${VENV:-.venv}
+
+# Fast scratch of the node: copies of what is read often lie here; results are written to the paths given to the job.
 export TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
 
-# One thread pool per task, as large as the task's share of the node.
-export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-export NUMBA_NUM_THREADS=$OMP_NUM_THREADS
-export MKL_NUM_THREADS=$OMP_NUM_THREADS
+# The network between nodes, where the first interface is the wrong one.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# A virtual environment elsewhere: export VENV=/path/to/it before submitting.
-venv=${VENV:-.venv}
-[[ $venv = /* ]] || venv=$ENGINE_HOME/$venv
-# shellcheck disable=SC1090,SC1091
-source "$venv/bin/activate"
+# A training that was stopped with its work saved goes back into the queue by itself; "no": it ends with exit code 85.
+export ENGINE_REQUEUE=${ENGINE_REQUEUE:-yes}

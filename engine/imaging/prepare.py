@@ -1,0 +1,37 @@
+"""`engine imaging prepare`: what training reads, made once by a job that holds no GPU.
+
+Every scan of the training side is read, checked and fitted, and lies in the cache folder that `engine imaging train --cache`
+takes; a scan or covariate that cannot be used is told here, not after the GPUs were allotted. The folder holds people's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+from engine.imaging.config import load_config
+
+
+def prepare_command(
+    config_path: str | Path, data_csv: str | Path, out: str | Path, *, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fill the folder `out`; one that is filled already, from the same files, is left as it is.
+
+    Returns:
+        {"out", "scans", "people", "shape": (channels, d, h, w)}.
+
+    Raises:
+        InputError: a row of the table cannot be used. UsageError: `out` is a run folder.
+    """
+    from engine.imaging.dataset import learn_covariates, load_scans, read_table
+
+    config, out = load_config(config_path, list(overrides)), Path(out)
+    if (out / "config.yaml").exists():
+        raise UsageError("a folder for the fitted scans", "a run folder", out, "another --out")
+    rows = [row for row in read_table(data_csv, config.data) if row.train]
+    learn_covariates(rows, config.data, data_csv)
+    scans = load_scans(rows, config, out)
+    shape = [int(n) for n in scans.x_bcdhw.shape[1:]]
+    return {"out": out.name, "scans": len(rows), "people": len({r.subject for r in rows}), "shape": shape}
