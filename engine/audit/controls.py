@@ -2,7 +2,8 @@
 copycat, or that convicts fresh real people, has no verdict.
 
 The generic ones are made here from the training rows. A caller adds those that need its modality (a flipped scan has
-to be embedded again): every control whose name starts with "fresh" must pass, every other one must fail.
+to be embedded again): every control whose name starts with "fresh" must pass, every other one must fail; and where a
+gate is named with it (`Planted`), fail by that gate, so that a gate which has gone blind is noticed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,25 @@ from engine.seeding import generator
 
 
 @dataclass(frozen=True)
+class Planted:
+    """A control, and the name of the finding that has to convict it; None where any gate may."""
+
+    pool: Pool
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
 class ControlResult:
-    """What the audit said of one control, and what it had to say."""
+    """What the audit said of one control, and what it had to say; where a gate is named, `verdict` is that gate's, and
+    "none" where it said nothing.
+    """
 
     name: str
     expected: Verdict
     verdict: Verdict
     rows: int
     findings: list[Finding]
+    gate: str | None = None
 
     @property
     def right(self) -> bool:
@@ -40,6 +52,7 @@ class ControlResult:
             "verdict": self.verdict,
             "right": self.right,
             "rows": self.rows,
+            "gate": self.gate,
             "findings": [finding.to_json() for finding in self.findings],
         }
 

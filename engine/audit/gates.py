@@ -28,6 +28,25 @@ Judge = Callable[[str, Pool, Scores], list[Finding]]
 
 
 @dataclass(frozen=True)
+class LightJudge:
+    """A judge that is cheap enough for the repeated draws by which an audit measures itself (`rates`); a `Judge` itself.
+
+    Attributes:
+        judge: of the sides of the audit.
+        make: the same for another training side and holdout, for draws that split the people anew.
+        often: also cheap enough to be asked about every contaminated set.
+    """
+
+    judge: Judge
+    make: Callable[[Pool, Pool], Judge]
+    often: bool = True
+
+    def __call__(self, name: str, pool: Pool, scores: Scores) -> list[Finding]:
+        """As the judge."""
+        return self.judge(name, pool, scores)
+
+
+@dataclass(frozen=True)
 class Judged:
     """Findings on one set and their verdict, the copy search's p-value of every row, and membership ROC by attack."""
 

@@ -55,6 +55,9 @@ class AuditPolicy(BaseModel):
         0.02, ge=0, lt=1, description="True-positive rate of a membership attack above its false-positive rate."
     )
     membership_people: int = Field(2000, ge=20, description="People of each side who are attacked, drawn at random.")
+    gate_copying_model: bool = Field(
+        False, description="Genotypes: gate the attack by a copying model of the released people too, on all sets."
+    )
     prdc_neighbours: int = Field(5, ge=1, description="Neighbours that give the radius in precision and coverage.")
     cells: int = Field(8, ge=1, description="Cells of the training side in the data-copying test C_T.")
     fresh_share: float = Field(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.atomic import write_json
 from engine.audit import controls as planted
 from engine.audit.authenticity import fidelity
-from engine.audit.controls import ControlResult, expected_verdict
+from engine.audit.controls import ControlResult, Planted, expected_verdict
 from engine.audit.copies import Null, Scores
 from engine.audit.findings import Finding, Verdict
 from engine.audit.gates import Gates, Judge
@@ -86,12 +86,34 @@ class AuditResult:
         }
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Both real sides, searched, and every control, judged: what audits of several sets against them have in common.
+
+    Attributes:
+        train, holdout: as given; rest: the holdout without the people set aside as fresh ones.
+        gates: made of train and rest. level: the strictest of the policy that their null can reach, 1 % or above.
+        controls, control_scores: what was said of each control, and the search's scores of it.
+        noisy, noisy_scores: the near copies that contaminated sets are made of.
+    """
+
+    train: Pool
+    holdout: Pool
+    rest: Pool
+    gates: Gates
+    level: float
+    controls: list[ControlResult]
+    control_scores: dict[str, Scores]
+    noisy: Pool
+    noisy_scores: Scores
+
+
 def audit(
     train: Pool,
     holdout: Pool,
     synthetic: Pool,
     *,
-    controls: Mapping[str, Pool] | None = None,
+    controls: Mapping[str, Pool | Planted] | None = None,
     policy: AuditPolicy | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -106,7 +128,8 @@ def audit(
             of these people is set aside for it.
         synthetic: the rows to be judged; its person ids group rows of one synthetic person and are not compared with
             real ones.
-        controls: further planted controls by name; names that start with "fresh" must pass, all others must fail.
+        controls: further planted controls by name; names that start with "fresh" must pass, all others must fail, by
+            any gate or by the one that comes with it.
         policy: thresholds; a mapping is checked against AuditPolicy.
         seed: of the random subsets, controls and relabellings.
         progress: called with a short line at every stage.
@@ -118,13 +141,29 @@ def audit(
         InputError: pools that cannot be compared, people on both sides, or too few people for any level of the policy.
     """
     policy = policy if isinstance(policy, AuditPolicy) else AuditPolicy.model_validate(dict(policy or {}))
-    say = progress or (lambda line: None)
-    given = dict(controls or {})
-    check_alike(train, holdout, synthetic, *given.values())
-    if len(synthetic) == 0 or len(train) < 3:
-        raise InputError("synthetic rows, and at least 3 training rows", f"{len(synthetic)} and {len(train)}", "audit")
+    _check_synthetic(train, holdout, synthetic)
+    prepared = prepare(train, holdout, controls=controls, policy=policy, seed=seed, progress=progress, judges=judges)
+    return audit_prepared(prepared, synthetic, progress=progress, judges=judges, model_scores=model_scores)
+
+
+def prepare(
+    train: Pool,
+    holdout: Pool,
+    *,
+    controls: Mapping[str, Pool | Planted] | None = None,
+    policy: AuditPolicy | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    judges: Sequence[Judge] = (),
+) -> Prepared:
+    """Everything of an audit that does not depend on the synthetic set; arguments and errors as `audit`."""
+    policy, say = policy or AuditPolicy(), progress or (lambda line: None)
+    given = {name: c.pool if isinstance(c, Planted) else c for name, c in (controls or {}).items()}
+    gate_of = {name: c.gate for name, c in (controls or {}).items() if isinstance(c, Planted)}
+    check_alike(train, holdout, *given.values())
+    if len(train) < 3:
+        raise InputError("at least 3 training rows", str(len(train)), "audit")
     _check_people(train, holdout, {name: pool for name, pool in given.items() if expected_verdict(name) == "pass"})
-    _check_views(holdout, synthetic)
     if not any(expected_verdict(name) == "pass" for name in given):
         given["fresh_real"], rest = planted.set_aside(holdout, policy.fresh_share, 5, seed)
     else:
@@ -134,9 +173,43 @@ def audit(
     if rest.people < 3:
         raise InputError("3 or more holdout people behind the null", str(rest.people), "audit holdout", "a larger one")
     gates = Gates.prepare(train, rest, policy, seed, judges)
-    search, null = gates.search, gates.null
-    level = gate_level(null.people, policy)
+    search = gates.search
+    level = gate_level(gates.null.people, policy)
+    say("judging the planted controls")
+    given.setdefault("copycat", planted.copycat(train, policy.control_rows, seed))
+    noisy, noisy_scores = planted_copies(gates)
+    given.setdefault("noisy_copycat", noisy)
+    if search.runs:
+        given.setdefault("mosaic_copycat", planted.mosaic(train, policy.control_rows, seed))
+    results, control_scores = [], {}
+    for name, pool in sorted(given.items()):
+        expected = expected_verdict(name)
+        control_scores[name] = search.score(pool, name)
+        said = gates.judge(name, pool, control_scores[name], rest if expected == "pass" else holdout)
+        gate = gate_of.get(name)
+        verdict = said.verdict if gate is None else next((f.verdict for f in said.findings if f.name == gate), "none")
+        results.append(ControlResult(name, expected, verdict, len(pool), said.findings, gate))
+    return Prepared(train, holdout, rest, gates, level, results, control_scores, noisy, noisy_scores)
 
+
+def audit_prepared(
+    prepared: Prepared,
+    synthetic: Pool,
+    *,
+    progress: Callable[[str], None] | None = None,
+    judges: Sequence[Judge] | None = None,
+    model_scores: Mapping[str, tuple[NDArray, NDArray]] | None = None,
+) -> AuditResult:
+    """Judge one synthetic set against sides that are prepared; as `audit`.
+
+    Args:
+        judges: where those that the sides were prepared with do not know this set: others, that decide by the same rules.
+    """
+    train, holdout, results = prepared.train, prepared.holdout, prepared.controls
+    _check_synthetic(train, holdout, synthetic)
+    gates = prepared.gates if judges is None else replace(prepared.gates, judges=judges)
+    search, null = gates.search, gates.null
+    policy, seed, say = search.policy, search.seed, progress or (lambda line: None)
     say("searching synthetic against training and holdout")
     scores = search.score(synthetic, "synthetic")
     judged = gates.judge("synthetic", synthetic, scores, holdout)
@@ -150,25 +223,13 @@ def audit(
     say("authenticity, precision and coverage")
     described, prdc = fidelity(train, holdout, synthetic, policy=policy, seed=seed)
     findings += described
-
-    say("judging the planted controls")
-    given.setdefault("copycat", planted.copycat(train, policy.control_rows, seed))
-    noisy, noisy_scores = planted_copies(gates)
-    given.setdefault("noisy_copycat", noisy)
-    if search.runs:
-        given.setdefault("mosaic_copycat", planted.mosaic(train, policy.control_rows, seed))
-    results, control_scores = [], {}
-    for name, pool in sorted(given.items()):
-        expected = expected_verdict(name)
-        control_scores[name] = search.score(pool, name)
-        said = gates.judge(name, pool, control_scores[name], rest if expected == "pass" else holdout)
-        results.append(ControlResult(name, expected, said.verdict, len(pool), said.findings))
     say("contaminated sets")
-    findings.append(power_at_contamination(gates, synthetic, scores, judged, noisy, noisy_scores, holdout))
+    copies = (prepared.noisy, prepared.noisy_scores)
+    findings.append(power_at_contamination(gates, synthetic, scores, judged, *copies, holdout))
     say("sets of honest people")
-    findings.append(false_positive_rate(train, holdout, synthetic.people, policy, seed))
+    findings.append(false_positive_rate(train, holdout, synthetic.people, policy, seed, gates.judges, judged))
 
-    verdict, reasons = _verdict(findings, results, level)
+    verdict, reasons = _verdict(findings, results, prepared.level)
     if verdict == "void":
         findings = [replace(f, verdict="void") if f.verdict in ("pass", "fail") else f for f in findings]
     order = np.argsort(judged.p_n, kind="stable")[:50]
@@ -177,12 +238,12 @@ def audit(
         reasons,
         findings,
         results,
-        {**_figures(null, scores, judged.p_n, control_scores), "membership": curves, "prdc": prdc},
+        {**_figures(null, scores, judged.p_n, prepared.control_scores), "membership": curves, "prdc": prdc},
         policy,
         seed,
         {
             "train": {"rows": len(train), "people": train.people},
-            "holdout": {"rows": len(rest), "people": rest.people},
+            "holdout": {"rows": len(prepared.rest), "people": prepared.rest.people},
             "null": {"rows": len(null.scores), "people": null.people},
             "synthetic": {"rows": len(synthetic), "people": synthetic.people},
         },
@@ -241,6 +302,13 @@ def _check_people(train: Pool, holdout: Pool, fresh: Mapping[str, Pool]) -> None
                 )
 
 
+def _check_synthetic(train: Pool, holdout: Pool, synthetic: Pool) -> None:
+    check_alike(train, holdout, synthetic)
+    if len(synthetic) == 0:
+        raise InputError("synthetic rows", "none", "audit")
+    _check_views(holdout, synthetic)
+
+
 def _check_views(holdout: Pool, synthetic: Pool) -> None:
     sides = (("holdout", holdout), ("synthetic", synthetic))
     count = {name: 0 if pool.views is None else len(pool.views) for name, pool in sides}
@@ -252,7 +320,8 @@ def _verdict(findings: list[Finding], controls: list[ControlResult], level: floa
     wrong = [control for control in controls if not control.right]
     if wrong:
         return "void", [
-            f"The control '{c.name}' should have been judged '{c.expected}' and was judged '{c.verdict}': no verdict."
+            f"The control '{c.name}' should have been judged '{c.expected}'{f' by {c.gate}' if c.gate else ''} and was "
+            f"judged '{c.verdict}': no verdict."
             for c in wrong
         ]
     by_name = {finding.name: finding for finding in findings}

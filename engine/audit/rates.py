@@ -1,7 +1,8 @@
 """How good is this audit, on these data, at this size? Its power to see a set that is contaminated with near copies, and
 its rate of convicting honest people, by all of its gates together.
 
-Gates that a modality brings (`Judge`) take no part: they may cost minutes a set, and are tried once on every control.
+Of the gates that a modality brings those take part that are cheap (`LightJudge`); the others may cost minutes a set and are
+tried once on every control. Both findings name the gates that took part and those that did not (`detail`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from engine.audit import controls as planted
 from engine.audit.copies import Scores, join
 from engine.audit.findings import Finding
-from engine.audit.gates import Gates, Judged
+from engine.audit.gates import Gates, Judge, Judged, LightJudge
 from engine.audit.intervals import clopper_pearson
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
@@ -38,7 +39,8 @@ def power_at_contamination(
         scores, judged: of the synthetic set. copies, copy_scores: from `planted_copies`.
         unseen: real rows for the adversarial accuracy.
     """
-    policy, judges_left_out = gates.search.policy, replace(gates, judges=())
+    policy = gates.search.policy
+    light = replace(gates, judges=[j for j in gates.judges if isinstance(j, LightJudge) and j.often])
     rng = generator(gates.search.seed, "audit.contamination")
     people, code_n = np.unique(synthetic.person, return_inverse=True)
     k = max(1, round(policy.contamination * len(people)))
@@ -59,7 +61,7 @@ def power_at_contamination(
             np.minimum(_nearest_kept(*found, out_n), copy_nc[:, drawn].min(axis=1))
             for found, copy_nc in zip(near, to_copies, strict=True)
         ]
-        outcomes.append(judges_left_out.judge("contaminated", rows, mixed, unseen, p_n, nearest))
+        outcomes.append(light.judge("contaminated", rows, mixed, unseen, p_n, nearest))
     seen = sum(outcome.verdict == "fail" for outcome in outcomes)
     already = "; it fails without any" if judged.verdict == "fail" else ""
     return Finding(
@@ -71,16 +73,31 @@ def power_at_contamination(
         direction="higher",
         unit="share",
         note=f"chance that this set would fail if {policy.contamination:.0%} of its people were near copies{already}",
-        detail={"contamination": k / len(people), "noise": policy.control_noise, "by_gate": _by_gate(outcomes)},
+        detail={
+            "contamination": k / len(people),
+            "noise": policy.control_noise,
+            "by_gate": _by_gate(outcomes),
+            **_covered(outcomes, judged),
+        },
     )
 
 
-def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPolicy, seed: int) -> Finding:
+def false_positive_rate(
+    train: Pool,
+    holdout: Pool,
+    people: int,
+    policy: AuditPolicy,
+    seed: int,
+    judges: Sequence[Judge] = (),
+    judged: Judged | None = None,
+) -> Finding:
     """How often a set of fresh real people is convicted: the holdout is split anew in every draw, a part of it is judged
     by the whole audit, and the rest stands behind the null.
 
     Args:
         people: of the synthetic set; a draw has as many, or `policy.fresh_share` of the holdout where that is less.
+        judges: of the audit; the light ones are made anew for every draw.
+        judged: of the synthetic set, whose gates are named where they take no part.
 
     Draws share people, so that the interval, which is that of independent draws, is somewhat too narrow. Rows are compared
     as they stand, without their further views, and with 2 matched subsets at most. Views are searched alike for tested
@@ -100,7 +117,8 @@ def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPo
         side = train.select_people(_some(train, policy.honest_people, rng))
         order = rng.permutation(known)[:limit]
         fresh, rest = holdout.select_people(order[:m]), holdout.select_people(order[m:])
-        gates = Gates.prepare(side, rest, policy, seed + repeat)
+        light = [judge.make(side, rest) for judge in judges if isinstance(judge, LightJudge)]
+        gates = Gates.prepare(side, rest, policy, seed + repeat, light)
         outcomes.append(gates.judge("honest", fresh, gates.search.score(fresh, "honest")))
     convicted = sum(judged.verdict == "fail" for judged in outcomes)
     return Finding(
@@ -112,8 +130,9 @@ def false_positive_rate(train: Pool, holdout: Pool, people: int, policy: AuditPo
         calibrated_on="unseen real people, split anew in every draw",
         direction="lower",
         unit="share",
-        note="sets of fresh real people that the whole audit convicts; no verdict where it is surely above the threshold",
-        detail={"by_gate": _by_gate(outcomes)},
+        note="sets of fresh real people that the audit convicts by the gates named in detail.gates; no verdict where it is "
+        "surely above the threshold",
+        detail={"by_gate": _by_gate(outcomes), **_covered(outcomes, judged)},
     )
 
 
@@ -145,6 +164,13 @@ def _nearest_kept(
 def _some(pool: Pool, people: int, rng: np.random.Generator) -> np.ndarray:
     known = np.unique(pool.person)
     return known if len(known) <= people else rng.choice(known, people, replace=False)
+
+
+def _covered(outcomes: Sequence[Judged], judged: Judged | None) -> dict[str, list[str]]:
+    """The gates that took part in the draws, and those of the audit that did not."""
+    tried = {f.name for outcome in outcomes for f in outcome.findings if f.verdict in ("pass", "fail")}
+    asked = set() if judged is None else {f.name for f in judged.findings if f.verdict in ("pass", "fail")}
+    return {"gates": sorted(tried), "gates_left_out": sorted(asked - tried)}
 
 
 def _by_gate(outcomes: Sequence[Judged]) -> dict[str, float]:

@@ -8,6 +8,7 @@ Controls stand in every table, because a metric is only worth what it says of th
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import time
@@ -24,13 +25,14 @@ from engine.benchmark.entry import Entry, write_entry
 from engine.benchmark.sides import Sides, grid_of, on_grid, write_table
 from engine.benchmark.tracks import Entrant, Track
 from engine.errors import UsageError, closest
+from engine.training.clock import cpu_seconds
 
 CONTROLS = ("ceiling", "copycat", "marginals")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an entrant is given; `budget_seconds` is wall time of training."""
+    """What an entrant is given; `budget_seconds` is training time by the clock of the track (`budget_of`)."""
 
     track: Track
     sides: Sides
@@ -41,12 +43,33 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Seconds of the wall and of all processors."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        """Both clocks."""
+        return cls(time.monotonic(), cpu_seconds())
+
+    def until_now(self) -> Spent:
+        """What went by since these clocks were read."""
+        now = Spent.now()
+        return Spent(now.wall - self.wall, now.cpu - self.cpu)
+
+
+NOTHING = Spent(0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Made:
     """What an entrant leaves: the name of its samples in `out`, and what it says of how they came about."""
 
     samples: str
     recipe: str
-    training_seconds: float
+    training: Spent
     precision: str
     declared: dict[str, float] = field(default_factory=dict)
 
@@ -75,9 +98,11 @@ def enter(
             seed=seed,
             recipe=made.recipe,
             training_data_sha256=sides.train_sha256,
-            training_seconds=round(made.training_seconds, 3),
-            sampling_seconds=round(time.monotonic() - begun - made.training_seconds, 3),
+            training_seconds=round(made.training.wall, 3),
+            sampling_seconds=round(time.monotonic() - begun - made.training.wall, 3),
+            training_cpu_seconds=round(made.training.cpu, 3),
             budget_seconds=budget_seconds,
+            budget_of=track.budget_of,
             tuning_trials=wanted.tuning_trials,
             peak_memory_bytes=peak_memory_bytes(),
             hardware=", ".join([machine["cpu"], f"{machine['memory_gib']} GiB", *machine["gpus"]]),
@@ -128,12 +153,14 @@ def _people(task: Task, side: str) -> Any:
 
 def _ceiling_people(task: Task) -> Made:
     return Made(
-        _write_panel(task, _people(task, "fresh")), "real people of the fresh side, drawn by the seed", 0.0, "exact"
+        _write_panel(task, _people(task, "fresh")), "real people of the fresh side, drawn by the seed", NOTHING, "exact"
     )
 
 
 def _copycat_people(task: Task) -> Made:
-    return Made(_write_panel(task, _people(task, "train")), "people of the training side, as they are", 0.0, "exact")
+    return Made(
+        _write_panel(task, _people(task, "train")), "people of the training side, as they are", NOTHING, "exact"
+    )
 
 
 def _baseline(kind: str, recipe: str) -> Callable[[Task], Made]:
@@ -142,17 +169,17 @@ def _baseline(kind: str, recipe: str) -> Callable[[Task], Made]:
         from engine.genomics.baselines import BASELINES
         from engine.genomics.panel import read_panel
 
-        begun = time.monotonic()
+        begun = Spent.now()
         train = read_panel(task.sides.side("train"), map=task.sides.map, samples_tsv=task.sides.groups)
         model = BASELINES[kind](train, **task.settings)
-        seconds = time.monotonic() - begun
+        spent = begun.until_now()
         samples = _write_panel(task, model.sample(task.track.samples, seed=task.seed))
         try:
             nats_n = model.log_likelihood(read_panel(task.sides.side("test")))
             declared = {"test_nats": float(nats_n.mean())}
         except Unsupported:
             declared = {}
-        return Made(samples, recipe, seconds, "float64", declared)
+        return Made(samples, recipe, spent, "float64", declared)
 
     return entrant
 
@@ -161,16 +188,16 @@ def _li_stephens(task: Task) -> Made:
     from engine.genomics.commands import fit_command, sample_command, score_command
 
     overrides = [f"{key}={value}" for key, value in task.settings.items()]
-    begun = time.monotonic()
+    begun = Spent.now()
     run = task.out / "run"
     fit_command(task.sides.side("train"), map=task.sides.map, samples=task.sides.groups, overrides=overrides, out=run)
-    seconds = time.monotonic() - begun
+    spent = begun.until_now()
     sample_command(run, task.track.samples, out=task.out / "samples.bcf", seed=task.seed)
     scored = score_command(run, task.sides.side("test"))
     shutil.rmtree(run)  # the run holds the reference panel; an entry holds samples only
     settings = " ".join(f"--set {text}" for text in overrides)
     recipe = f"engine genomics fit {settings}; engine genomics sample --seed {task.seed}"
-    return Made("samples.bcf", " ".join(recipe.split()), seconds, "float32", {"test_nats": float(scored["mean_nats"])})
+    return Made("samples.bcf", " ".join(recipe.split()), spent, "float32", {"test_nats": float(scored["mean_nats"])})
 
 
 GENOTYPE_ENTRANTS: dict[str, Callable[[Task], Made]] = {
@@ -214,19 +241,19 @@ def _scans(task: Task, side: str, wanted: int | None) -> Any:
 
 def _ceiling_scans(task: Task) -> Made:
     made = _scans(task, "fresh", task.track.samples)
-    return Made(_write_scans(task, made), "real scans of the fresh side, drawn by the seed", 0.0, "fp32")
+    return Made(_write_scans(task, made), "real scans of the fresh side, drawn by the seed", NOTHING, "fp32")
 
 
 def _copycat_scans(task: Task) -> Made:
     made = _scans(task, "train", task.track.samples)
-    return Made(_write_scans(task, made), "scans of the training side, as they are", 0.0, "fp32")
+    return Made(_write_scans(task, made), "scans of the training side, as they are", NOTHING, "fp32")
 
 
 def _marginal_scans(task: Task) -> Made:
-    begun = time.monotonic()
+    begun = Spent.now()
     volumes = _scans(task, "train", None)
     values_ncdhw = np.stack([volume.array_cdhw for volume in volumes])
-    seconds = time.monotonic() - begun
+    spent = begun.until_now()
 
     def draw(number: int) -> Any:
         rng = seeding.generator(task.seed, "benchmark.marginals", number)
@@ -234,7 +261,7 @@ def _marginal_scans(task: Task) -> Made:
         return replace(volumes[0], array_cdhw=np.take_along_axis(values_ncdhw, donor_cdhw[None], axis=0)[0])
 
     made = (draw(number) for number in range(task.track.samples))
-    return Made(_write_scans(task, made), "every voxel from a training scan of its own", seconds, "fp32")
+    return Made(_write_scans(task, made), "every voxel from a training scan of its own", spent, "fp32")
 
 
 def _engine_scans(task: Task) -> Made:
@@ -252,34 +279,37 @@ def _engine_scans(task: Task) -> Made:
     }  # fmt: skip
     settings["seed"] = task.seed
     for stage, share in (("autoencoder", 0.48), ("flow", 0.46)):  # the rest goes to reading and to the latents
-        settings[stage] = {**settings.get(stage, {}), "max_minutes": share * task.budget_seconds / 60}
+        bound = {"max_minutes": share * task.budget_seconds / 60, "minutes_of": task.track.budget_of}
+        settings[stage] = {**settings.get(stage, {}), **bound}
     config, run = task.out / "config.yaml", task.out / "run"
     write_text(config, yaml.safe_dump(settings))
-    begun = time.monotonic()
+    begun = Spent.now()
     train_command(config, task.sides.side("train") / "volumes.csv", run)
-    seconds = time.monotonic() - begun
+    spent = begun.until_now()
     sample_command(run, task.track.samples, task.out / "samples", seed=task.seed)
     resolved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = " and ".join(str(event["steps"]) for event in events if event["event"] == "stage_done")
     shutil.rmtree(run)  # the run caches training scans; an entry holds samples only
-    recipe = f"engine imaging train --config config.yaml; engine imaging sample --seed {task.seed}"
-    return Made("samples", recipe, seconds, str(resolved["training"]["precision"]))
+    recipe = f"engine imaging train --config config.yaml ({steps} steps); engine imaging sample --seed {task.seed}"
+    return Made("samples", recipe, spent, str(resolved["training"]["precision"]))
 
 
 def _monai_ldm(task: Task) -> Made:
     from engine.benchmark.monai_ldm import RECIPE, train_and_sample
 
-    begun = time.monotonic()
+    begun = Spent.now()
     volumes = _scans(task, "train", None)
-    reading = time.monotonic() - begun
-    drawn, seconds, recipe = train_and_sample(
+    drawn, recipe = train_and_sample(
         volumes,
         grid_of(task.track),
         task.track.samples,
         seed=task.seed,
-        budget_seconds=task.budget_seconds - reading,
+        used=lambda: getattr(begun.until_now(), task.track.budget_of) / task.budget_seconds,
         **task.settings,
     )
-    return Made(_write_scans(task, drawn), f"{RECIPE}; {recipe}", reading + seconds, "fp32")
+    spent = begun.until_now()  # nothing is drawn before it is asked for
+    return Made(_write_scans(task, drawn), f"{RECIPE}; {recipe}", spent, "fp32")
 
 
 SCAN_ENTRANTS: dict[str, Callable[[Task], Made]] = {

@@ -10,9 +10,9 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from engine.atomic import write_json
 from engine.audit import hash_files
@@ -36,7 +36,9 @@ class Entry(BaseModel):
         training_data_sha256: content hash of what it was trained on; that of the track's training side is in the
             `split.json` that `engine benchmark split` writes.
         training_seconds, sampling_seconds: wall time.
-        budget_seconds: wall time of training that was allowed; null where none was set.
+        training_cpu_seconds: time of all processors in training; null where it was not measured.
+        budget_seconds: time of training that was allowed; null where none was set.
+        budget_of: what the budget counts, "cpu" or "wall" seconds.
         tuning_trials: configurations tried on this track before this one was chosen.
         peak_memory_bytes: largest resident memory of the process.
         hardware, threads, precision: what it ran on and in.
@@ -55,7 +57,9 @@ class Entry(BaseModel):
     training_data_sha256: Sha256
     training_seconds: float = Field(ge=0)
     sampling_seconds: float = Field(0.0, ge=0)
+    training_cpu_seconds: float | None = Field(None, ge=0)
     budget_seconds: float | None = Field(None, gt=0)
+    budget_of: Literal["wall", "cpu"] = "wall"
     tuning_trials: int = Field(ge=0)
     peak_memory_bytes: int = Field(ge=0)
     hardware: Text
@@ -63,6 +67,17 @@ class Entry(BaseModel):
     precision: Text = "fp32"
     samples: Text
     declared: dict[Name, float] = {}
+
+    @model_validator(mode="after")
+    def _measured(self) -> Entry:
+        if self.budget_of == "cpu" and self.budget_seconds is not None and self.training_cpu_seconds is None:
+            raise ValueError("a budget in cpu seconds needs training_cpu_seconds")
+        return self
+
+    @property
+    def spent_seconds(self) -> float:
+        """Training time by the clock of the budget."""
+        return self.training_seconds if self.budget_of == "wall" else self.training_cpu_seconds or 0.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A latent diffusion model as MONAI's 3D tutorial builds it, trained by that recipe within a budget of seconds.
+"""A latent diffusion model as MONAI's 3D tutorial builds it, trained by that recipe within a budget of time.
 
 Networks, losses, schedules and learning rates are those of Project-MONAI/tutorials, generation/3d_ldm/3d_ldm_tutorial.ipynb
 (Pinaya et al., "Brain imaging generation with latent diffusion models", 2022), with MONAI's own classes: AutoencoderKL with
@@ -12,12 +12,15 @@ an L1, KL and patch-adversarial loss, then a DiffusionModelUNet that predicts no
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from monai.inferers import LatentDiffusionInferer
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch.nn.functional import l1_loss, mse_loss
 
 from engine import seeding
@@ -37,7 +40,7 @@ def train_and_sample(
     n: int,
     *,
     seed: int,
-    budget_seconds: float,
+    used: Callable[[], float],
     autoencoder_share: float = 0.4,
     batch_size: int = 2,
     sampling_steps: int = 50,
@@ -45,22 +48,17 @@ def train_and_sample(
     norm_groups: int = 16,
     head_channels: int = 64,
     discriminator_layers: int = 3,
-) -> tuple[Iterator[Volume], float, str]:
+) -> tuple[Iterator[Volume], str]:
     """Train on `volumes` (on the track's grid) and give an iterator over n synthetic ones.
 
     Args:
+        used: share of the budget that is used by now; asked before every step.
         autoencoder_share: of the budget; the tutorial's epochs are 100 and 150.
         channels, norm_groups, head_channels, discriminator_layers: the tutorial's; smaller volumes need smaller ones.
 
     Returns:
-        Volumes, seconds of training, and what was done in words.
+        Volumes, each drawn when it is asked for, and what was done in words.
     """
-    from monai.inferers import LatentDiffusionInferer
-    from monai.losses import PatchAdversarialLoss
-    from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
-    from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
-
-    begun = time.monotonic()
     torch.manual_seed(seeding.derived_seed(seed, "benchmark.monai_ldm"))
     rng = seeding.generator(seed, "benchmark.monai_ldm.order")
     x_bcdhw = torch.from_numpy(np.stack([_scaled(volume, grid) for volume in volumes]))
@@ -76,15 +74,13 @@ def train_and_sample(
     adversarial = PatchAdversarialLoss(criterion="least_squares")
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=RATE)
     judge_optimizer = torch.optim.Adam(discriminator.parameters(), lr=RATE)
-    first, second = autoencoder_share * budget_seconds, budget_seconds
-
     steps_first = 0
-    while steps_first == 0 or time.monotonic() - begun < first:
+    while steps_first == 0 or used() < autoencoder_share:
         x = x_bcdhw[rng.choice(len(x_bcdhw), batch, replace=False)]
         output, mean, sigma = autoencoder(x)
         kl = 0.5 * (mean.square() + sigma.square() - torch.log(sigma.square()) - 1).flatten(1).sum(1).mean()
         loss = l1_loss(output, x) + KL_WEIGHT * kl
-        joined = time.monotonic() - begun > 0.05 * first
+        joined = used() > 0.05 * autoencoder_share
         if joined:
             said = discriminator(output.contiguous())[-1]
             loss = loss + ADVERSARIAL_WEIGHT * adversarial(said, target_is_real=True, for_discriminator=False)
@@ -114,7 +110,7 @@ def train_and_sample(
     inferer = LatentDiffusionInferer(scheduler, scale_factor=scale)
     optimizer = torch.optim.Adam(unet.parameters(), lr=RATE)
     steps_second = 0
-    while steps_second == 0 or time.monotonic() - begun < second:
+    while steps_second == 0 or used() < 1.0:
         x = x_bcdhw[rng.choice(len(x_bcdhw), batch, replace=False)]
         noise = torch.randn((len(x), *latent.shape[1:]))
         times = torch.randint(0, TRAINING_TIMES, (len(x),)).long()
@@ -124,7 +120,6 @@ def train_and_sample(
         loss.backward()
         optimizer.step()
         steps_second += 1
-    seconds = time.monotonic() - begun
     unet.eval()
 
     sampler = DDIMScheduler(
@@ -147,7 +142,7 @@ def train_and_sample(
     said_in_words = (
         f"{steps_first} and {steps_second} steps of batch {batch}, DDIM {sampling_steps}, no perceptual loss"
     )
-    return draw(), seconds, said_in_words
+    return draw(), said_in_words
 
 
 def _scaled(volume: Volume, grid: DataConfig) -> np.ndarray:

@@ -12,8 +12,11 @@ entrant and seed that has a record is not run again.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -33,10 +36,9 @@ from engine.errors import EngineError, InputError, UsageError, closest
 
 Progress = Callable[[str, int, int], None]
 SLACK = 1.1  # of the budget: a step that has begun is finished
-START_SECONDS, SAMPLING_SHARE = (
-    60.0,
-    3.0,
-)  # what a process may take besides training: to start, and times the budget to sample
+START_SECONDS = 60.0  # what a process may take besides training: to start, and to sample
+SAMPLING_SECONDS, SAMPLING_SHARE = 900.0, 3.0  # so long, or times the budget where that is more
+WAITING = 30.0  # wall seconds that a second of the processor may take on a busy machine
 
 
 def run(
@@ -149,7 +151,8 @@ def _one(
             str(sides.folder), "--out", str(folder), "--seed", str(seed), "--budget-seconds", str(budget), "--threads",
             str(threads), "--json",
         ]  # fmt: skip
-        reason = run_limited(command, START_SECONDS + (1 + SAMPLING_SHARE) * budget, threads)
+        limit = START_SECONDS + budget + max(SAMPLING_SECONDS, SAMPLING_SHARE * budget)
+        reason = run_limited(command, limit, threads, cpu=track.budget_of == "cpu")
         if reason:
             return records.failed(made, reason, budget_seconds=budget)
     try:
@@ -163,10 +166,12 @@ def _judged(
     track: Track, sides: Sides, entered: Entered, made: dict[str, Any], *, measured: bool, allowed: float | None
 ) -> dict[str, Any]:
     """The record of an entry's samples: scored, or failed with the reason."""
-    used = entered.entry.training_seconds
+    used = entered.entry.spent_seconds
     if allowed is not None and used > SLACK * allowed:
         return records.failed(
-            made, f"over budget: {used:.0f} s of training, {allowed:.0f} allowed", budget_seconds=allowed
+            made,
+            f"over budget: {used:.0f} {entered.entry.budget_of} s of training, {allowed:.0f} allowed",
+            budget_seconds=allowed,
         )
     try:
         return records.scored(made, entered, score(track, sides, entered.samples), measured=measured)
@@ -186,19 +191,26 @@ def _plain_reason(error: EngineError) -> str:
     return f"expected {error.expected}, got {error.got}" if error.got else error.expected
 
 
-def run_limited(command: Sequence[str], limit_seconds: float, threads: int) -> str:
-    """Run a command in its own process group; "" when it ended well, else why it did not, without paths."""
+def run_limited(command: Sequence[str], limit_seconds: float, threads: int, *, cpu: bool = False) -> str:
+    """Run a command in its own process group; "" when it ended well, else why it did not, without paths.
+
+    Args:
+        cpu: the limit is of the processor, over all threads; of the wall it is then WAITING times as much.
+    """
     few = {
         name: str(threads)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     }
-    begun = time.monotonic()
+    begun, wall_seconds = time.monotonic(), WAITING * limit_seconds if cpu else limit_seconds
     child = subprocess.Popen(
         list(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, **few},
     )  # fmt: skip
+    if cpu:
+        whole = math.ceil(limit_seconds)
+        resource.prlimit(child.pid, resource.RLIMIT_CPU, (whole, whole + 5))
     try:
-        _, errors = child.communicate(timeout=limit_seconds)
+        _, errors = child.communicate(timeout=wall_seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, 9)
         child.communicate()
@@ -209,6 +221,8 @@ def run_limited(command: Sequence[str], limit_seconds: float, threads: int) -> s
         raise
     if child.returncode == 0:
         return ""
+    if child.returncode == -signal.SIGXCPU:
+        return f"over time: still running after {limit_seconds:.0f} s of the processor, ended"
     if child.returncode < 0:
         return f"ended by signal {-child.returncode}"
     last = (errors.strip().splitlines() or ["no message"])[-1]

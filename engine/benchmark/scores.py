@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.audit import AuditPolicy, AuditResult, Finding, Pool, audit
-from engine.audit.gates import Judge
+from engine.audit import AuditPolicy, AuditResult, Finding, audit
+from engine.audit.protocol import audit_prepared, prepare
 from engine.benchmark.sides import Sides, grid_of, panel_sha256, volumes_sha256
 from engine.benchmark.tracks import Track
 from engine.errors import EngineError, InputError
@@ -77,19 +78,28 @@ def _score_panel(track: Track, sides: Sides, samples: Path) -> Score:
         raise InputError(f"{track.samples} people", str(panel.n_samples), "samples")
     train, test = (read_panel(sides.side(side)) for side in ("train", "test"))
     made = evaluate(test, panel, train=train, seed=track.evaluation_seed)
-    judged = _audit(lambda: audit_pools(sides.side("train"), sides.side("test"), samples), track)
+
+    def judge() -> AuditResult:
+        pools, controls, judges = audit_pools(sides.side("train"), sides.side("test"), samples)
+        return audit(
+            pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=POLICY,
+            seed=track.evaluation_seed, judges=judges,
+        )  # fmt: skip
+
+    judged = _audit(judge)
     n = {"train": train.n_haplotypes, "test": test.n_haplotypes, "samples": panel.n_haplotypes, "sites": panel.n_sites}
     return Score(panel_sha256(panel), n, _plain(made.findings), _audited(judged), None)
 
 
 def _score_scans(track: Track, sides: Sides, samples: Path) -> Score:
     from engine.imaging.commands import read_folder
+    from engine.imaging.dataset import common_grid
     from engine.imaging.evaluate import evaluate
-    from engine.imaging.pools import audit_pools
+    from engine.imaging.pools import synthetic_pool
 
     assert track.scans is not None
     modality = track.scans.modality
-    made, _ = read_folder(samples, modality)
+    made, people = read_folder(samples, modality)
     if len(made) != track.samples:
         raise InputError(f"{track.samples} scans", str(len(made)), "samples")
     grid = grid_of(track)
@@ -107,20 +117,38 @@ def _score_scans(track: Track, sides: Sides, samples: Path) -> Score:
         seed=track.evaluation_seed,
     )  # fmt: skip
     seed = track.evaluation_seed
-    judged = _audit(lambda: audit_pools(sides.side("train"), sides.side("test"), samples, seed=seed), track)
+
+    def judge() -> AuditResult:
+        # as the audit reads them: a grid without the track's word on the modality
+        volumes, _ = read_folder(samples)
+        real, prepared = _real_scans(sides.folder, common_grid(volumes, "audit").model_dump_json(), seed)
+        pool, knowing = synthetic_pool(real, volumes, people, seed=seed)
+        return audit_prepared(prepared, pool, judges=[knowing])
+
+    judged = _audit(judge)
     n = {"train": len(train), "test": len(test), "fresh": len(fresh), "samples": len(made)}
     extractor = {"name": EXTRACTORS, "sha256": extractor_sha256(track, train)}
     return Score(volumes_sha256(made), n, _plain(evaluated.findings), _audited(judged), extractor)
 
 
-def _audit(made: Callable[[], tuple[dict[str, Pool], dict[str, Pool], list[Judge]]], track: Track) -> AuditResult:
-    """The audit of the pools that `made` gives; what it refuses is said without who it found, which goes into records."""
+@lru_cache(maxsize=1)
+def _real_scans(folder: Path, grid: str, seed: int) -> tuple[Any, Any]:
+    """Both real sides of a split on a grid, searched, with their controls judged: the same for every entry of a track."""
+    from engine.imaging.config import DataConfig
+    from engine.imaging.pools import real_sides, synthetic_pool
+
+    real = real_sides(folder / "train", folder / "test", DataConfig.model_validate_json(grid), seed=seed)
+    _, judge = synthetic_pool(real, [], [], seed=seed)
+    prepared = prepare(
+        real.pools["train"], real.pools["holdout"], controls=real.controls, policy=POLICY, seed=seed, judges=[judge]
+    )
+    return real, prepared
+
+
+def _audit(judge: Callable[[], AuditResult]) -> AuditResult:
+    """The audit's result; what it refuses is said without who it found, which goes into records."""
     try:
-        pools, controls, judges = made()
-        return audit(
-            pools["train"], pools["holdout"], pools["synthetic"], controls=controls, policy=POLICY,
-            seed=track.evaluation_seed, judges=judges,
-        )  # fmt: skip
+        return judge()
     except EngineError as error:
         raise InputError(f"an audit that can be made: {error.expected}") from None
 

@@ -45,10 +45,11 @@ def _track(name: str, records: list[dict[str, Any]]) -> str:
     scored = [r for r in last.values() if r["status"] == "scored"]
     fidelity, audit = _columns(name, scored)
     declared = sorted({key for r in scored for key in r["entry"]["declared"]})
+    clock = "/".join(sorted({_clock(r) for r in scored})) or "wall"
     shown = [(c, "findings") for c in fidelity] + [(c, "audit") for c in audit]
     head = [
         "generator", "seeds", *(_label(c, kind, scored) for c, kind in shown), "audit verdict",
-        *(f"{key} (declared)" for key in declared), "training s", "peak GiB",
+        *(f"{key} (declared)" for key in declared), f"training {clock} s", "peak GiB",
     ]  # fmt: skip
     lines = [f"### {name}", "", *_facts(records, scored), "", _row(head), _row(["---"] * len(head))]
     names = _unique(list(last.values()), "name")
@@ -62,7 +63,8 @@ def _track(name: str, records: list[dict[str, Any]]) -> str:
         if good:
             verdicts = [r["audit"]["verdict"] for r in good]
             counted = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "fail", "void") if v in verdicts)
-            seconds = float(np.mean([r["entry"]["training_seconds"] for r in good]))
+            spent = ["training_cpu_seconds" if _clock(r) == "cpu" else "training_seconds" for r in good]
+            seconds = float(np.mean([r["entry"][key] for r, key in zip(good, spent, strict=True)]))
             memory = max(r["entry"]["peak_memory_bytes"] for r in good) / 2**30
             cells = [_cell([_finding(r, c, kind) for r in good]) for c, kind in shown]
             told = [_plain([r["entry"]["declared"].get(key) for r in good]) for key in declared]
@@ -89,15 +91,20 @@ def _columns(name: str, scored: list[dict[str, Any]]) -> tuple[list[str], list[s
 def _facts(records: list[dict[str, Any]], scored: list[dict[str, Any]]) -> list[str]:
     first = records[0]
     people = ", ".join(f"{first['people'][side]} {side}" for side in ("train", "test", "fresh"))
-    budgets = sorted({r["entry"]["budget_seconds"] for r in scored if r["entry"]["budget_seconds"]})
+    budgets = sorted({(r["entry"]["budget_seconds"], _clock(r)) for r in scored if r["entry"]["budget_seconds"]})
     machines = _unique([{"m": f"{r['machine']['cpu']}, {r['machine']['memory_gib']} GiB"} for r in records], "m")
     commits = _unique([{"c": r["commit"][:12] + ("+" if r.get("modified") else "")} for r in records], "c")
     threads = sorted({r["entry"]["threads"] for r in scored})
     return [
         f"People: {people}; n of each entry: {first['samples_wanted']}; data {first['data_sha256'][:12]}, split "
-        f"{first['split_sha256'][:12]}. Budget: {', '.join(f'{b:g}' for b in budgets) or 'none'} s of training, "
+        f"{first['split_sha256'][:12]}. Budget: {', '.join(f'{b:g} {c}' for b, c in budgets) or 'none'} s of training, "
         f"{', '.join(map(str, threads)) or '?'} thread(s). Machine: {'; '.join(machines)}. Commit {', '.join(commits)}."
     ]
+
+
+def _clock(record: dict[str, Any]) -> str:
+    """What the budget of a record counts; the first records count the wall and do not say so."""
+    return str(record["entry"].get("budget_of", "wall"))
 
 
 def _finding(record: dict[str, Any], name: str, kind: str) -> dict[str, Any] | None:

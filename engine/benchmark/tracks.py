@@ -73,6 +73,8 @@ class Track(_Strict):
         columns: findings of the fidelity that the table shows; `audit_columns`: findings of the audit.
         entrants: who of the engine's own takes part, besides the controls.
         budget_seconds: training time that every entrant gets where the command names none.
+        budget_of: what it counts. "cpu": seconds that processors work for the entrant, the same amount of training on a
+            machine with other work as on a quiet one; "wall": for entrants on a GPU, on a machine of their own.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")
@@ -88,6 +90,7 @@ class Track(_Strict):
     audit_columns: list[str] = ["copy_share_at_1_percent"]
     entrants: dict[str, Entrant] = {}
     budget_seconds: float = Field(600, gt=0)
+    budget_of: Literal["cpu", "wall"] = "cpu"
     evaluation_seed: int = 0
 
     @model_validator(mode="after")

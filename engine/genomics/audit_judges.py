@@ -29,7 +29,7 @@ from scipy import stats
 from engine.audit.controls import expected_verdict
 from engine.audit.copies import Null, Scores
 from engine.audit.findings import Finding, Verdict
-from engine.audit.gates import Judge
+from engine.audit.gates import Judge, LightJudge
 from engine.audit.intervals import clopper_pearson, conformal_p, people_needed, person_weights
 from engine.audit.judge import copy_share
 from engine.audit.membership import membership
@@ -68,15 +68,24 @@ def genotype_judges(
     """
     policy = policy or AuditPolicy()
 
-    def attacked(unseen: Pool) -> Ready:
-        attack = frequency_attack(train, unseen, policy, seed)
+    def private(side: Pool, unseen: Pool) -> Ready:
+        return private_judge(side, unseen, policy, seed)
+
+    def attacked(side: Pool, unseen: Pool) -> Ready:
+        attack = frequency_attack(side, unseen, policy, seed)
         return lambda rows: [] if attack is None else attack(rows, False)
 
-    makers: list[Callable[[Pool], Ready]] = [
-        lambda unseen: kinship_judge(train, unseen, resolved, policy),
-        lambda unseen: window_judge(train, unseen, contig_l, policy, seed),
-        lambda unseen: private_judge(train, unseen, policy, seed),
-        attacked,
+    def light(make: Callable[[Pool, Pool], Ready], often: bool) -> LightJudge:
+        def anew(side: Pool, unseen: Pool) -> Judge:
+            return _judge(lambda less: make(side, less), unseen)
+
+        return LightJudge(anew(train, holdout), anew, often)
+
+    judges: list[Judge] = [
+        _judge(lambda unseen: kinship_judge(train, unseen, resolved, policy), holdout),
+        _judge(lambda unseen: window_judge(train, unseen, contig_l, policy, seed), holdout),
+        light(private, True),
+        light(attacked, False),
     ]
 
     def once(name: str, pool: Pool, scores: Scores) -> list[Finding]:
@@ -85,7 +94,7 @@ def genotype_judges(
         attack = frequency_attack(train, holdout, policy, seed)
         return noted + ([] if attack is None else [f for f in attack(pool, True) if "training_frequencies" in f.name])
 
-    return [*(_judge(make, holdout) for make in makers), once]
+    return [*judges, once]
 
 
 def _judge(make: Callable[[Pool], Ready], holdout: Pool) -> Judge:

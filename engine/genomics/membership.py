@@ -27,14 +27,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import seeding
+from engine.audit.controls import expected_verdict
+from engine.audit.copies import Scores
 from engine.audit.findings import Finding
+from engine.audit.gates import Judge
 from engine.audit.membership import membership
 from engine.audit.policy import AuditPolicy
+from engine.audit.pools import Pool
 from engine.errors import InputError
 from engine.genomics import li_stephens
+from engine.genomics.attacks import ATTACKS
 from engine.genomics.li_stephens import LiStephens
 from engine.genomics.matching import common_sites
-from engine.genomics.panel import HaplotypePanel
+from engine.genomics.panel import HaplotypePanel, Samples
 from engine.kernels import bits
 
 Score = Callable[[HaplotypePanel], NDArray[np.float64]]  # nats of each haplotype
@@ -123,9 +128,13 @@ def samples_membership(
 ) -> list[Finding]:
     """What an attacker with the released people alone can tell: a copying model of them, with default settings, is attacked.
 
-    At most `people` members and non-members, 1,000 synthetic people and 20,000 sites, evenly spread, take part. Described
-    and not gated: any generator that copies real stretches, however short, gives something away here. [] where a side is
-    too small or the synthetic panel cannot be the reference of a copying model.
+    At most `people` members and non-members, 1,000 synthetic people and 20,000 sites, evenly spread, take part. [] where a
+    side is too small or the synthetic panel cannot be the reference of a copying model.
+
+    Described, because any generator that copies real stretches, however short, gives something away here; gated with
+    `policy.gate_copying_model`. The null is the holdout: released people that were made without having seen anybody of
+    either side are as much like a member as like a non-member, so that labels are exchangeable, and DeLong's interval and
+    the rank test hold at any number of people. The holdout is unseen by the reference model and by the attacked one.
     """
     if holdout.n_samples < 4 or not synthetic.phased or (np.diff(synthetic.samples.first_haplotype) != 2).any():
         return []
@@ -135,11 +144,44 @@ def samples_membership(
     model = li_stephens.fit(synthetic.select(sites=site_l, samples=drawn))
     sides = (panel.select(sites=site_l) for panel in (train, holdout))
     scores = member_scores(model, *sides, people=people, seed=seed)
+    what = "a copying model of the synthetic people against one of the other half"
     found, _ = membership(
         scores.member_s, scores.nonmember_s, policy=policy, name="copying_model", calibrated_on="half of the holdout",
-        note="a copying model of the synthetic people against one of the other half; described, not gated",
+        gates=2 + ATTACKS if policy.gate_copying_model else 1,
+        note=what if policy.gate_copying_model else f"{what}; described, not gated",
     )  # fmt: skip
-    return [replace(finding, verdict="none") for finding in found]
+    return found if policy.gate_copying_model else [replace(finding, verdict="none") for finding in found]
+
+
+def copying_judge(train: HaplotypePanel, holdout: HaplotypePanel, policy: AuditPolicy, seed: int) -> Judge:
+    """`samples_membership` as a judge for `engine.audit.audit`: of the synthetic set; with `policy.gate_copying_model` of
+    every control too, each pair of rows as one person.
+
+    Args:
+        train, holdout: panels of the sites of the pools, in their order.
+    """
+
+    def judge(name: str, rows: Pool, scores: Scores) -> list[Finding]:
+        if name == "synthetic":
+            if len(rows) % 2 or (rows.person[::2] != rows.person[1::2]).any():
+                return []  # the copying model is one of diploid people
+        elif not policy.gate_copying_model:
+            return []
+        unseen = holdout
+        if expected_verdict(name) == "pass":  # fresh people of the holdout do not stand for unseen ones of themselves
+            others = ~np.isin(np.array(holdout.samples.ids), rows.person)
+            unseen = holdout.select(samples=np.flatnonzero(others))
+        return samples_membership(_panel_of(rows, train), train, unseen, policy=policy, seed=seed)
+
+    return judge
+
+
+def _panel_of(rows: Pool, like: HaplotypePanel) -> HaplotypePanel:
+    """Rows 2 s and 2 s + 1 as person s, at the sites of another panel; a last odd row is left out."""
+    people = len(rows) // 2
+    bits_lw = bits.transpose(np.ascontiguousarray(rows.data[: 2 * people]), like.n_sites)
+    samples = Samples([f"p{s}" for s in range(people)], None, None, 2 * np.arange(people + 1, dtype=np.int64))
+    return replace(like, bits_lw=bits_lw, missing_lw=None, samples=samples, phased=True)
 
 
 def _copying(model: LiStephens, known: HaplotypePanel) -> Score:

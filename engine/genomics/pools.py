@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.audit.copies import Scores
+from engine.audit.controls import Planted
 from engine.audit.findings import Finding
 from engine.audit.gates import Judge
 from engine.audit.policy import AuditPolicy
 from engine.audit.pools import Pool
 from engine.errors import InputError
+from engine.genomics.audit_controls import relatives
 from engine.genomics.audit_judges import genotype_judges
 from engine.genomics.matching import common_sites
-from engine.genomics.membership import samples_membership
+from engine.genomics.membership import copying_judge
 from engine.genomics.panel import HaplotypePanel, read_panel
 from engine.genomics.relatedness import (
     THRESHOLDS,
@@ -61,15 +62,16 @@ def haplotype_pool(panel: HaplotypePanel, where: str = "panel") -> Pool:
 
 def audit_pools(
     train: Path, holdout: Path, synthetic: Path, *, policy: AuditPolicy | None = None, seed: int = 0
-) -> tuple[dict[str, Pool], dict[str, Pool], list[Judge]]:
-    """Pools "train", "holdout" and "synthetic" of three panel files over the same sites, in any order; no controls; judges.
+) -> tuple[dict[str, Pool], dict[str, Planted], list[Judge]]:
+    """Pools "train", "holdout" and "synthetic" of three panel files over the same sites, in any order; controls of kinship;
+    judges.
 
     Training and holdout are checked first: one person under two ids (equal genotypes, or a kinship of twins) and relatives
     (KING-robust kinship >= 0.0884) make the holdout no holdout. Where the sites are too few or span too little of the genome
     to tell (`relatedness.resolution`), nothing is refused and the findings say so.
 
     Returns:
-        pools by side, {}, judges for `engine.audit.audit`.
+        pools by side, planted relatives of training people (`audit_controls`), judges for `engine.audit.audit`.
 
     Raises:
         InputError: the files do not hold the same sites (counts in the message), or a person or a family is on both sides
@@ -86,15 +88,9 @@ def audit_pools(
     judges = genotype_judges(
         pools["train"], pools["holdout"], panels["train"].sites.contig, resolved, noted, policy=policy, seed=seed
     )
-
-    def attacked(name: str, rows: Pool, scores: Scores) -> list[Finding]:
-        if name != "synthetic":
-            return []
-        return samples_membership(
-            panels["synthetic"], panels["train"], panels["holdout"], policy=policy or AuditPolicy(), seed=seed
-        )
-
-    return pools, {}, [*judges, attacked]
+    judges.append(copying_judge(panels["train"], panels["holdout"], policy or AuditPolicy(), seed))
+    controls = relatives(panels["train"], pools["train"], panels["holdout"].n_samples, resolved, seed)
+    return pools, controls, judges
 
 
 def check_sides(

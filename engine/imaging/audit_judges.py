@@ -42,7 +42,12 @@ _CLIP = 1 - 1e-9
 Side = tuple[Pool, Sequence[Volume]]
 
 
-def confirmation_judge(sides: Mapping[str, Side], *, seed: int = 0, alpha: float | None = None) -> Judge:
+Compared = dict[tuple[bytes, str, int], tuple[float, float]]  # (features, side, row there) -> (NCC, SSIM)
+
+
+def confirmation_judge(
+    sides: Mapping[str, Side], *, seed: int = 0, alpha: float | None = None, compared: Compared | None = None
+) -> Judge:
     """A judge that confirms candidates by registered NCC and 3D-SSIM.
 
     Args:
@@ -51,6 +56,7 @@ def confirmation_judge(sides: Mapping[str, Side], *, seed: int = 0, alpha: float
             scan (features with noise) nothing is said.
         seed: of the people drawn for the null.
         alpha: error allowed to the set; default that of the audit's gates.
+        compared: pairs that were registered already, by a judge of the same training side and holdout; added to.
 
     The judge returns "confirmed_copies" (gated) and "registered_ncc", "registered_ssim" (the candidates' highest, beside
     the highest of unseen people); nothing for rows that are no scans.
@@ -61,7 +67,7 @@ def confirmation_judge(sides: Mapping[str, Side], *, seed: int = 0, alpha: float
     volumes = {row.tobytes(): v for pool, scans in sides.values() for row, v in zip(pool.data, scans, strict=True)}
     people, code_n = np.unique(holdout.person, return_inverse=True)
     row_of = {row.tobytes(): k for k, row in enumerate(holdout.data)}
-    found: dict[tuple[bytes, str, int], tuple[float, float]] = {}
+    found: Compared = {} if compared is None else compared
 
     def compare(row: bytes, side: str, index: int) -> tuple[float, float]:
         """(NCC, SSIM) of a row's scan with a training or holdout scan."""

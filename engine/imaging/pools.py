@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from engine.audit import Judge
 from engine.audit.pools import Pool, topk
 from engine.audit.store import write_store
 from engine.errors import InputError
-from engine.imaging.audit_judges import confirmation_judge
+from engine.imaging.audit_judges import Compared, confirmation_judge
 from engine.imaging.commands import read_folder
+from engine.imaging.config import DataConfig
 from engine.imaging.dataset import common_grid, fit_volume
 from engine.imaging.embedding import embed, transforms, views
 from engine.imaging.similarity import similarity
@@ -47,7 +49,34 @@ def audit_pools(
     Raises:
         InputError: a side cannot be read, the synthetic volumes differ in shape, or a person or a scan lies on both sides.
     """
-    sides = {"train": train, "holdout": holdout, "synthetic": synthetic}
+    volumes, persons = read_folder(synthetic)
+    real = real_sides(train, holdout, common_grid(volumes, "audit"), seed=seed, progress=progress)
+    pool, judge = synthetic_pool(real, volumes, persons, seed=seed)
+    return {**real.pools, "synthetic": pool}, real.controls, [judge]
+
+
+@dataclass(frozen=True)
+class RealSides:
+    """Training side, holdout and planted controls on one grid: what audits of several synthetic sets have in common.
+
+    Attributes:
+        scans, pools: of "train" and "holdout". copies, controls: scans and pools of the planted copies, by name.
+        compared: pairs of scans that were registered, for the judges.
+    """
+
+    grid: DataConfig
+    scans: dict[str, list[Volume]]
+    pools: dict[str, Pool]
+    copies: dict[str, list[Volume]]
+    controls: dict[str, Pool]
+    compared: Compared = field(default_factory=dict)
+
+
+def real_sides(
+    train: Path, holdout: Path, grid: DataConfig, *, seed: int = 0, progress: Progress | None = None
+) -> RealSides:
+    """Read, check and embed the real sides, and plant the controls; errors as `audit_pools`."""
+    sides = {"train": train, "holdout": holdout}
     tell = progress or (lambda what, done, total: None)
     read = {}
     for done, (name, path) in enumerate(sides.items()):
@@ -55,7 +84,6 @@ def audit_pools(
         tell("reading scans", done + 1, len(sides))
     check_people(read["train"][1], read["holdout"][1])
     check_voxels(*(read[name][0] for name in ("train", "holdout")), *(read[name][1] for name in ("train", "holdout")))
-    grid = common_grid(read["synthetic"][0], "audit")
     scans = {name: [fit_volume(volume, grid) for volume in volumes] for name, (volumes, _) in read.items()}
     pools = {}
     for done, name in enumerate(sides):
@@ -74,9 +102,19 @@ def audit_pools(
     for done, (name, volumes) in enumerate(copies.items()):
         controls[name] = scan_pool(volumes, people)
         tell("controls of scans", done + 1, len(copies))
-    known = {**pools, **controls}
-    judge = confirmation_judge({name: (pool, {**scans, **copies}[name]) for name, pool in known.items()}, seed=seed)
-    return pools, controls, [judge]
+    return RealSides(grid, scans, pools, copies, controls)
+
+
+def synthetic_pool(
+    real: RealSides, volumes: Sequence[Volume], persons: Sequence[str], *, seed: int = 0
+) -> tuple[Pool, Judge]:
+    """The pool of a synthetic set, and the judge that knows it and all of `real`; the seed is that of `real`."""
+    scans = [fit_volume(volume, real.grid) for volume in volumes]
+    pool = scan_pool(scans, persons)
+    sides = {name: (real.pools[name], real.scans[name]) for name in real.pools}
+    planted = {name: (real.controls[name], real.copies[name]) for name in real.controls}
+    known = {**sides, "synthetic": (pool, scans), **planted}
+    return pool, confirmation_judge(known, seed=seed, compared=real.compared)
 
 
 def write_scan_store(scans: Path, out: Path, *, grid_of: Path | None = None) -> Path:

@@ -5,7 +5,7 @@ Here the two modalities meet the modality-blind audit: a panel is haplotypes as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,14 +17,16 @@ import yaml
 from engine import provenance
 from engine.atomic import atomic_folder, atomic_path
 from engine.audit import AuditPolicy, AuditResult, Finding, Judge, Pool, audit, hash_files, write_audit
-from engine.audit.controls import expected_verdict
+from engine.audit.controls import Planted, expected_verdict
 from engine.audit.copies import Scores
+from engine.audit.gates import LightJudge
 from engine.audit.pools import check_alike
 from engine.audit.protocol import STAGES
 from engine.audit.store import check_sides, is_store, kind_in_words, read_people, read_store, with_people
-from engine.errors import InputError, UsageError
+from engine.errors import EngineError, InputError, UsageError
+from engine.release.evaluation import genotype_section
 from engine.release.images import internal_sections
-from engine.release.report import audit_sections, summary_of, write_report
+from engine.release.report import Section, audit_sections, summary_of, write_report
 
 Progress = Callable[[str, int, int], None]
 PANEL_SUFFIXES = (".vcf", ".vcf.gz", ".bcf", ".pgen")
@@ -80,7 +82,7 @@ def load_pools(
     policy: AuditPolicy | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[str, dict[str, Pool], dict[str, Pool], list[Judge]]:
+) -> tuple[str, dict[str, Pool], Mapping[str, Pool | Planted], list[Judge]]:
     """(modality, pools by side, controls and judges that need the modality) of three inputs of one kind.
 
     Raises:
@@ -151,6 +153,9 @@ def _named(pools: dict[str, Pool], judges: Sequence[Judge], table: Path) -> tupl
     named = {side: with_people(pool, people, side, required=side != "synthetic") for side, pool in pools.items()}
 
     def translated(judge: Judge) -> Judge:
+        if isinstance(judge, LightJudge):  # made anew it sees the pools as they are named
+            return replace(judge, judge=translated(judge.judge))
+
         def call(name: str, rows: Pool, scores: Scores) -> list[Finding]:
             ids = pools["synthetic"].person if name == "synthetic" else rows.person
             if expected_verdict(name) == "pass":  # a part of the holdout, in its order
@@ -287,11 +292,29 @@ def run_audit(
             verdict=result.verdict,
             reasons=result.reasons,
             summary=summary_of(result.findings),
-            sections=[*audit_sections(result), *internal_sections(kind, result, pools, train, synthetic, seed)],
+            sections=[
+                *audit_sections(result),
+                *_likeness(kind, holdout, synthetic, seed),
+                *internal_sections(kind, result, pools, train, synthetic, seed),
+            ],
             facts={"commit": provenance.commit()["commit"], "seed": seed},
         )
         provenance.write(folder, "audit", config=rules.model_dump(mode="json"), inputs=[synthetic], seed=seed)
     return result, kind
+
+
+def _likeness(kind: str, holdout: Path, synthetic: Path, seed: int) -> list[Section]:
+    """Internal: LD decay, principal components and spectrum of a synthetic panel beside unseen people."""
+    if kind != "genotypes":
+        return []
+    from engine.genomics.evaluate import evaluate
+    from engine.genomics.panel import read_panel
+
+    try:
+        made = evaluate(read_panel(holdout), read_panel(synthetic), seed=seed, intersect=True)
+    except EngineError as error:
+        return [Section("How near to unseen people", f"Not drawn: {error.expected}.")]
+    return [genotype_section(made.findings, made.figures, "How near to unseen people")]
 
 
 def nearest_table(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from engine.audit import AuditPolicy, Finding, Pool, audit, hash_files, write_audit
 from engine.audit import protocol as room
+from engine.audit.controls import Planted
 from engine.audit.rates import false_positive_rate
 from engine.errors import InputError
 
@@ -74,6 +75,42 @@ def test_fresh_rows_pass(scans):
     }
     assert result.sizes["holdout"]["people"] == 150  # 50 set aside, and never in the null
     assert result.finding("copy_share_at_1_percent").n == 150
+
+
+def test_sides_are_prepared_once_for_several_sets(scans):
+    """Each set is judged as by an audit of its own, judges and all, and no control is judged twice."""
+    train, holdout, fresh = scans
+    asked = []
+
+    def judge(name, rows, scores):
+        asked.append(name)
+        return [Finding("rows_seen", float(len(rows)))]
+
+    prepared = room.prepare(train, holdout, policy=FAST, seed=1, judges=[judge])
+    assert sorted(asked) == ["copycat", "fresh_real", "noisy_copycat"]
+    for rows in (pool(fresh, "s"), pool(train.data[:150], "s")):
+        again = room.audit_prepared(prepared, rows, judges=[judge])
+        assert again.to_json() == audit(train, holdout, rows, policy=FAST, seed=1, judges=[judge]).to_json()
+    assert again.verdict == "fail"
+    with pytest.raises(InputError, match="synthetic rows"):
+        room.audit_prepared(prepared, pool(fresh, "s").select([]))
+
+
+@pytest.mark.parametrize(("said", "verdict"), [("fail", "pass"), ("pass", "void"), (None, "void")])
+def test_a_control_that_comes_with_a_gate_has_to_fail_by_it(scans, said, verdict):
+    """Copies fail by every other gate; where the one that is named sees nothing, or is silent, there is no verdict."""
+    train, holdout, fresh = scans
+
+    def blind(name, rows, scores):
+        return [] if said is None else [Finding("kin", 1.0, verdict=said if name == "twins" else "pass")]
+
+    planted = {"twins": Planted(pool(train.data[:40], "x"), "kin")}
+    result = audit(train, holdout, pool(fresh, "s"), policy=FAST, seed=1, controls=planted, judges=[blind])
+    assert result.verdict == verdict
+    (control,) = (c for c in result.to_json()["controls"] if c["name"] == "twins")
+    assert (control["gate"], control["verdict"]) == ("kin", said or "none")
+    if verdict == "void":
+        assert "'twins' should have been judged 'fail' by kin" in result.reasons[0]
 
 
 def test_copies_fail(scans):

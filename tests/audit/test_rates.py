@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.audit import AuditPolicy, Pool
-from engine.audit.gates import Gates
+from engine.audit import AuditPolicy, Finding, Pool
+from engine.audit.gates import Gates, LightJudge
 from engine.audit.rates import false_positive_rate, planted_copies, power_at_contamination
 
 POLICY = AuditPolicy(control_rows=30, contamination_repeats=3, honest_repeats=3, subsets=1, contamination=0.2)
@@ -48,6 +48,43 @@ def test_a_mixture_is_judged_as_a_set_of_its_own(monkeypatch, kind, n):
     found = power_at_contamination(gates, made, scores, judged, copies, copy_scores, holdout)
     assert len(set(seen)) > 1  # other people every time
     assert found.n["draws"] == 3
+
+
+def test_light_judges_take_part_and_what_does_not_is_named():
+    """A judge that is light is made anew for every split of honest people; a heavy one is named as left out."""
+    rng = np.random.default_rng(3)
+    train, holdout, made = (rows(rng, n, tag, "features") for n, tag in ((80, "t"), (60, "h"), (20, "s")))
+    asked = []
+
+    def light(side, unseen):
+        def judge(name, pool, scores):
+            asked.append((name, side.people, unseen.people))
+            return [Finding("light", 0.0, verdict="fail" if name == "honest" else "pass")]
+
+        return judge
+
+    def heavy(name, pool, scores):
+        asked.append(("heavy", 0, 0))
+        return [Finding("heavy", 0.0, verdict="pass")]
+
+    judges = [LightJudge(light(train, holdout), light), heavy]
+    gates = Gates.prepare(train, holdout, POLICY, 0, judges)
+    scores = gates.search.score(made, "synthetic")
+    judged = gates.judge("synthetic", made, scores)
+    asked.clear()
+    found = power_at_contamination(gates, made, scores, judged, *planted_copies(gates), holdout)
+    assert asked == [("contaminated", 40, 30)] * 3
+    assert "light" in found.detail["gates"]
+    assert found.detail["gates_left_out"] == ["heavy"]
+    asked.clear()
+    rate = false_positive_rate(train, holdout, made.people, POLICY, 0, judges, judged)
+    assert asked == [("honest", 40, 22)] * 3  # a quarter of 30 holdout people is judged
+    assert rate.value == 1
+    assert rate.detail["by_gate"]["light"] == 1
+    assert rate.detail["gates_left_out"] == ["heavy"]
+    gates = Gates.prepare(train, holdout, POLICY, 0, [LightJudge(light(train, holdout), light, often=False)])
+    found = power_at_contamination(gates, made, scores, judged, *planted_copies(gates), holdout)
+    assert "light" in found.detail["gates_left_out"]
 
 
 def test_honest_draws_keep_people_together_and_out_of_the_null(monkeypatch):

@@ -14,6 +14,13 @@ from engine.genomics.panel import panel_from_alleles, write_panel, write_samples
 from engine.imaging.volume import Volume, write_volume
 
 TINY_LDM = {"channels": [8, 8], "norm_groups": 4, "head_channels": 4, "sampling_steps": 2, "discriminator_layers": 1}
+TINY_ENGINE = {
+    "name": "tiny",
+    "autoencoder": {"batch_size": 2, "widths": [8, 16], "latent_channels": 2},
+    "flow": {"batch_size": 2, "widths": [8, 16], "attention_levels": [1], "embedding_width": 16, "views": 1},
+    "sampling": {"steps": 2},
+    "training": {"precision": "fp32"},
+}
 COLUMNS = ["ld_r", "pca_w1", "aats_train", "exact_copies"]
 
 
@@ -85,7 +92,7 @@ def scan_track(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         folder, name="tinyscans", files=[{"path": "volumes.csv"}, {"path": "images"}],
         scans={"table": "volumes.csv", "size": [16, 16, 16], "spacing_mm": [2.0, 2.0, 2.0]},
         split={"seed": 1, "test": 0.35, "fresh": 0.25}, samples=12, columns=["frechet_shape", "pair_ssim"], budget_seconds=3,
-        entrants={"monai_ldm": {"settings": TINY_LDM}},
+        entrants={"monai_ldm": {"settings": TINY_LDM}, "engine": {"settings": TINY_ENGINE}},
     )  # fmt: skip
     return path, folder
 

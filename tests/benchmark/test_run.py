@@ -191,7 +191,7 @@ def test_other_tools_enter_and_failures_are_rows(compared: Path, genotype_track,
     result = score_entries(track, data, [good, late, few, odd, broken], out, split=compared / "split")
     assert (result["scored"], result["failed"]) == (1, 4)
     reasons = [row["reason"] for row in result["rows"]]
-    assert reasons[1] == "over budget: 112 s of training, 100 allowed"
+    assert reasons[1] == "over budget: 112 wall s of training, 100 allowed"
     assert reasons[2] == "expected 28 people, got 20"
     assert "same sites" in reasons[3]
     assert reasons[4]
@@ -221,6 +221,25 @@ def test_crashes_and_endless_processes_have_reasons() -> None:
     code = "import subprocess; subprocess.run(['sleep', '60'])"
     assert run_limited([sys.executable, "-c", code], 1.0, 1).startswith("over time: still running after 1 s")
     assert time.monotonic() - begun < 20  # its children are ended with it
+
+
+def test_a_limit_of_the_processor_does_not_count_waiting() -> None:
+    assert run_limited([sys.executable, "-c", "import time; time.sleep(2.5)"], 2.0, 1, cpu=True) == ""
+    busy = run_limited([sys.executable, "-c", "while True: pass"], 1.0, 1, cpu=True)
+    assert busy == "over time: still running after 1 s of the processor, ended"
+
+
+def test_a_budget_counts_by_its_own_clock(compared: Path, genotype_track, tmp_path: Path) -> None:
+    track, data = genotype_track
+    slow = entry_of(compared, tmp_path / "slow", training_seconds=900.0, training_cpu_seconds=90.0, budget_of="cpu")
+    over = entry_of(
+        compared, tmp_path / "over", seed=1, training_seconds=90.0, training_cpu_seconds=112.0, budget_of="cpu"
+    )
+    unsaid = entry_of(compared, tmp_path / "unsaid", seed=2, training_cpu_seconds=None, budget_of="cpu")
+    result = score_entries(track, data, [slow, over], tmp_path / "r.jsonl", split=compared / "split")
+    assert [row["reason"] for row in result["rows"]] == ["", "over budget: 112 cpu s of training, 100 allowed"]
+    with pytest.raises(InputError, match="needs training_cpu_seconds"):
+        score_entries(track, data, [unsaid], tmp_path / "r.jsonl", split=compared / "split")
 
 
 def test_a_crashed_entrant_is_a_row_and_the_run_goes_on(genotype_track, tmp_path: Path, write_track) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +15,37 @@ from engine.errors import InputError
 from engine.imaging.commands import read_folder
 from engine.imaging.volume import read_volume, write_volume
 
+TRAINED = ("engine", "monai_ldm")
+
 
 @pytest.fixture(scope="module")
 def entered(scan_sides, tmp_path_factory) -> Path:
     track, sides = scan_sides
     out = tmp_path_factory.mktemp("entries")
-    for name in ("ceiling", "copycat", "marginals", "monai_ldm"):
-        enter(track, name, sides, out / name, seed=0, budget_seconds=0.5)
+    for name in (*TRAINED, "ceiling", "copycat", "marginals"):
+        enter(track, name, sides, out / name, seed=0, budget_seconds=1.0)
     return out
 
 
 def test_entries_of_scans(entered: Path, scan_sides) -> None:
-    for name in ("ceiling", "copycat", "marginals", "monai_ldm"):
+    for name in (*TRAINED, "ceiling", "copycat", "marginals"):
         read = read_entry(entered / name, "tinyscans")
         volumes, people = read_folder(read.samples)
         assert len(volumes) == len(set(people)) == 12
         assert {v.shape_dhw for v in volumes} == {(16, 16, 16)}
         assert all(v.array_cdhw.min() >= 0 and v.array_cdhw.max() <= 1000 for v in volumes)
-    ldm = json.loads((entered / "monai_ldm" / "entry.json").read_text())
-    assert ldm["training_seconds"] > 0
-    assert "steps of batch 2" in ldm["recipe"]
+    assert "steps of batch 2" in read_entry(entered / "monai_ldm").entry.recipe
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_entrants_end_by_the_processor_and_say_how_many_steps_that_was(entered: Path, name: str) -> None:
+    """A step of these networks takes some hundredths of a second, so that a budget of 1 s ends after many."""
+    entry = read_entry(entered / name).entry
+    assert entry.budget_of == "cpu"
+    assert entry.spent_seconds == entry.training_cpu_seconds
+    assert 0.6 < entry.training_cpu_seconds < 1.6
+    first, second = (int(text) for text in re.search(r"(\d+) and (\d+) steps", entry.recipe).groups())
+    assert min(first, second) > 1
 
 
 def test_marginals_are_training_values_without_structure(entered: Path, scan_sides) -> None:
@@ -61,12 +72,15 @@ def rank(scan_sides, entered: Path, names: tuple[str, ...]) -> dict[str, Score]:
 
 
 def test_copycat_and_ceiling(entered: Path, scan_sides, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the judges that register pairs of scans, which take most of an audit's time and have tests of their own."""
+    """Without what registers pairs of scans and turns copies: most of an audit's time, with tests of their own."""
+    from engine.benchmark import scores
     from engine.imaging import pools
 
-    whole = pools.audit_pools
-    monkeypatch.setattr(pools, "audit_pools", lambda *a, **k: (whole(*a, **k)[0], {}, []))
+    monkeypatch.setattr(pools, "confirmation_judge", lambda *a, **k: lambda name, rows, scores: [])
+    monkeypatch.setattr(pools, "transforms", lambda volume: {})
+    scores._real_scans.cache_clear()
     rank(scan_sides, entered, ("ceiling", "copycat"))
+    scores._real_scans.cache_clear()
 
 
 @pytest.mark.slow

@@ -54,6 +54,16 @@ def test_rows() -> None:
     assert "Commit cccccccccccc+" in text
 
 
+def test_the_clock_of_the_budget_is_said() -> None:
+    row = scored("tool", 0, 0.7)
+    row["entry"] |= {"budget_of": "cpu", "training_cpu_seconds": 8.0}
+    text = markdown([row])
+    assert "| training cpu s |" in text
+    assert "Budget: 9 cpu s of training" in text
+    assert "| 8 | 1 |" in text
+    assert "| training wall s |" in markdown([scored("tool", 0, 0.7)])
+
+
 def test_of_repeated_records_the_last_counts() -> None:
     text = markdown([failed("tool", 0, "crashed"), scored("tool", 0, 0.7)])
     assert "crashed" not in text

@@ -9,8 +9,9 @@ from engine import seeding
 from engine.audit import AuditPolicy
 from engine.errors import InputError
 from engine.genomics.li_stephens import LiStephensConfig, fit
-from engine.genomics.membership import member_scores, model_membership, samples_membership
+from engine.genomics.membership import copying_judge, member_scores, model_membership, samples_membership
 from engine.genomics.panel import panel_from_alleles
+from engine.genomics.pools import haplotype_pool
 
 CONFIG = LiStephensConfig(ne=20_000, mismatch=1e-3)
 
@@ -89,6 +90,51 @@ def test_the_audit_describes_the_attack_on_samples(sides):
         "non_members": 20,
     }
     assert samples_membership(other, train, holdout.select(samples=slice(0, 3)), policy=policy) == []
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_policy_gates_the_attack_on_samples(sides, gate):
+    """Off, the attack is described; on, it convicts a copying model that switches rarely, and neither unseen people, nor a
+    sampler of unseen people, nor the fresh control of the holdout.
+    """
+    train, holdout, other = sides
+    policy = AuditPolicy(gate_copying_model=gate)
+    judge = copying_judge(train, holdout, policy, 0)
+
+    def area(name, panel):
+        found = {f.name: f for f in judge(name, haplotype_pool(panel), None)}
+        return found.get("membership_auc_copying_model")
+
+    small = CONFIG.model_copy(update={"ne": 30.0, "mismatch": 1e-4})
+    copied, unseen = (area("synthetic", fit(panel, small).sample(60, seed=1)) for panel in (train, other))
+    assert copied.value > 0.65
+    assert copied.interval[0] > 0.55
+    assert copied.verdict == ("fail" if gate else "none")
+    assert unseen.interval[0] < 0.5 < unseen.interval[1]
+    assert unseen.verdict == ("pass" if gate else "none")
+    fresh = area("fresh_real", holdout.select(samples=slice(0, 40)))
+    copycat = area("copycat", train.select(samples=slice(0, 40)))
+    if gate:
+        assert (fresh.verdict, copycat.verdict) == ("pass", "fail")
+        assert fresh.n == {"members": 60, "non_members": 40}  # half of the 80 people who are left
+    else:
+        assert fresh is copycat is None
+    odd = haplotype_pool(other)
+    assert judge("synthetic", odd.select(np.arange(1, 21)), None) == []  # rows that are no pairs of one person
+
+
+def test_honest_sets_keep_the_rate_of_the_gated_attack():
+    """Sets of unseen people, everything drawn anew: DeLong's interval and the rank test hold at 30 people a side."""
+    policy, convicted, areas = AuditPolicy(gate_copying_model=True), 0, []
+    for repeat in range(60):
+        rng = np.random.default_rng(repeat)
+        founders = rng.integers(0, 2, (40, 300)).astype(np.uint8)
+        train, holdout, other = (people(rng, n, tag, founders) for n, tag in ((30, "t"), (60, "h"), (30, "o")))
+        found = samples_membership(other, train, holdout, policy=policy, seed=repeat)
+        convicted += any(f.verdict == "fail" for f in found)
+        areas.append(found[0].value)
+    assert convicted <= 2  # 60 times 0.005, shared with other attacks
+    assert np.mean(areas) == pytest.approx(0.5, abs=4 * np.std(areas, ddof=1) / np.sqrt(60))
 
 
 def test_a_run_folder_and_sites_in_another_order(sides, tmp_path):

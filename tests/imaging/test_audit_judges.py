@@ -11,6 +11,7 @@ from scipy import ndimage
 from engine.audit import Pool
 from engine.audit.copies import Scores
 from engine.audit.pools import topk
+from engine.imaging import audit_judges
 from engine.imaging.audit_judges import CANDIDATES, LEAST_PEOPLE, confirmation_judge, confirmed
 from engine.imaging.embedding import transforms
 from engine.imaging.pools import scan_pool
@@ -73,6 +74,23 @@ def test_unseen_people_and_blurred_ones_are_not(judge, sides, name):
     found = judge(name, rows, scores(rows, sides["train"][0]))[0]
     assert (found.value, found.verdict) == (0, "pass")
     assert found.n == {"rows": 6, "candidates": 6, "unseen_people": 12}
+
+
+def test_pairs_that_are_known_are_not_registered_again(sides, monkeypatch):
+    """A second judge of the same sides, with a set of its own, finds the null there."""
+    rows, compared = sides["fresh"][0], {}
+    real = {name: sides[name] for name in ("train", "holdout")}
+    first = confirmation_judge({**real, "fresh": sides["fresh"]}, compared=compared)
+    expected = first("fresh", rows, scores(rows, sides["train"][0]))
+    registered = []
+    whole = audit_judges.similarity
+    monkeypatch.setattr(audit_judges, "similarity", lambda *pair: registered.append(pair) or whole(*pair))
+    again = confirmation_judge({**real, "fresh": sides["fresh"]}, compared=compared)
+    assert again("fresh", rows, scores(rows, sides["train"][0])) == expected
+    assert registered == []
+    other = sides["one"][0]
+    confirmation_judge({**real, "one": sides["one"]}, compared=compared)("one", other, scores(other, sides["train"][0]))
+    assert 1 <= len(registered) <= 2 * len(other)  # candidates only; two of them are known
 
 
 def test_a_single_copy_among_others_convicts(judge, sides):
