@@ -73,6 +73,18 @@ def die_inside(point: str, countdown: int) -> None:
     checkpoint.save_file, checkpoint.write_json, os.rename, shutil.rmtree = half, json_of, renamed, removed
 
 
+def wait_for_lines(log: Path, more: int, seconds: float) -> None:
+    """Until the log has grown by `more` lines, or half a second has passed without any; and then some."""
+    size = lambda: log.read_bytes().count(b"\n") if log.is_file() else 0  # noqa: E731
+    begin = seen = size()
+    since = time.monotonic()
+    while size() < begin + more and time.monotonic() - since < 0.5:
+        if size() > seen:
+            seen, since = size(), time.monotonic()
+        time.sleep(0.002)
+    time.sleep(seconds)
+
+
 def attempt(config, table: Path, out: Path, prepare=lambda: None) -> int:
     """Fork a child that trains; its process id."""
     child = os.fork()
@@ -99,15 +111,13 @@ def main() -> None:
     config, draw = load_config(config_path), random.Random(seed)
     _, status = os.waitpid(attempt(config, table, out / "straight"), 0)
     assert status == 0, (out / "straight.err").read_text()
-    run, newest, done, tried = out / "killed", -1, 0, 0
+    run, newest, done = out / "killed", -1, 0
     while done < kills:
-        tried += 1
-        assert tried < 5 * kills, "the run ends before it can be killed"
         inside = INSIDE[done // 2 % len(INSIDE)] if done % 2 else ""
         plan = partial(die_inside, inside, draw.randrange(1, 3)) if inside else lambda: None
         child = attempt(config, table, run, plan)
         if not inside:
-            time.sleep(draw.uniform(0.02, 0.5))
+            wait_for_lines(run / "log.jsonl", draw.randrange(0, 7), draw.uniform(0.0, 0.03))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):  # it was faster than its death

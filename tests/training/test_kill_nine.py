@@ -18,9 +18,9 @@ from engine.training import checkpoint
 
 CONFIG = {
     "data": {"size": [8, 8, 8], "covariates": {"age": {"kind": "continuous"}}},
-    "autoencoder": {"steps": 40, "batch_size": 2, "widths": [4], "latent_channels": 1, "shift_voxels": 1},
+    "autoencoder": {"steps": 60, "batch_size": 2, "widths": [4], "latent_channels": 1, "shift_voxels": 1},
     "flow": {
-        "steps": 80, "batch_size": 3, "widths": [4], "attention_levels": [], "embedding_width": 8, "views": 2,
+        "steps": 140, "batch_size": 3, "widths": [4], "attention_levels": [], "embedding_width": 8, "views": 2,
         "shift_voxels": 1, "dropout": 0.1,
     },
     "training": {"precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 3, "keep_checkpoints": 2},
@@ -48,7 +48,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_never_was(tmp_path, kills)
         rows.append(f"{k}.nii.gz,P{k},{20 + k}")
     (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
     if kills > 100:
-        config.autoencoder.steps, config.flow.steps = 400, 800
+        config.autoencoder.steps, config.flow.steps = 600, 1400
     (tmp_path / "config.yaml").write_text(dump_config(config))
     done = subprocess.run(
         [
