@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from engine.cli.common import (
     parse_shard,
     progress_bar,
 )
+from engine.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True, help="3D scans: train a latent diffusion model, sample volumes, evaluate.")
 
@@ -71,6 +72,20 @@ def sample(
     covariates: Annotated[
         Path | None, typer.Option("--covariates", help="CSV: one row per visit, column `subject` and covariates.")
     ] = None,
+    label_maps: Annotated[
+        Path | None, typer.Option("--label-maps", help="A label map or a CSV of them, for a model conditioned on them.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--baseline", help="An earlier scan or a CSV of them: makes follow-ups; --set age=+2 adds."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="DxHxW", help="Voxels, within what was trained.")
+    ] = None,
+    spacing: Annotated[str | None, typer.Option("--spacing", metavar="AxBxC", help="Millimetres per voxel.")] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option("--memory-gb", help="Decode in a stream of planes above this.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Generate outside the trained field of view.")] = False,
     format: Annotated[str, typer.Option("--format", help="nifti, or dicom: one folder per series.")] = "nifti",
     json: JsonFlag = False,
@@ -88,6 +103,45 @@ def sample(
             out=out,
             format=format,
             covariates_csv=covariates,
+            label_maps=label_maps,
+            baseline=baseline,
+            size=parse_triple(size, "--size", int),
+            spacing_mm=parse_triple(spacing, "--spacing", float),
+            memory_gb=memory_gb,
+            force=force,
+            progress=progress,
+        )
+    emit(result, json)
+
+
+@app.command()
+def paint(
+    run: Annotated[Path, typer.Argument(help="Run folder written by `engine imaging train`.")],
+    image: Annotated[Path, typer.Argument(help="Scan of which a part is kept exactly.")],
+    out: Out,
+    region: Annotated[
+        Path | None, typer.Option("--region", help="Mask of what is generated; default: what lies outside the scan.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many different ones.")] = 1,
+    seed: Seed = 0,
+    resamples: Annotated[int, typer.Option("--resamples", min=1, help="Times each step is taken.")] = 5,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Also at a spacing that was not trained.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Generate part of a scan anew, or what lies beyond its field of view; the rest is kept voxel for voxel."""
+    from engine.imaging.commands import paint_command
+
+    with progress_bar() as progress:
+        result = paint_command(
+            run,
+            image,
+            out,
+            region=region,
+            n=n,
+            seed=seed,
+            set=parse_assignments(overrides),
+            resamples=resamples,
             force=force,
             progress=progress,
         )
@@ -129,3 +183,16 @@ def evaluate(
             real, synthetic, train=train, out=out, modality=modality, seed=seed, report=scan_report, progress=progress
         )
     emit(result, json, lambda r: finding_lines(r["findings"]))
+
+
+def parse_triple(text: str | None, where: str, kind: type) -> list[Any] | None:
+    """`"32x48x32"` as three numbers."""
+    if text is None:
+        return None
+    try:
+        values = [kind(part) for part in text.lower().replace(",", "x").split("x")]
+    except ValueError:
+        values = []
+    if len(values) != 3:
+        raise UsageError("three numbers, e.g. 32x48x32", repr(text), where)
+    return values

@@ -56,7 +56,7 @@ def people(n: int, covariates: CovariateModel, haplotypes: LiStephens, *, seed: 
 
 def scans(who: People, model: imaging.Model, *, seed: int = 0, start: int = 0) -> Iterator[tuple[int, Volume]]:
     """(row of `who.scans`, volume) for every visit of every person, person by person."""
-    names = [covariate.name for covariate in model.covariates]
+    names = [covariate.name for covariate in model.covariates if covariate.name in who.scans]
     visits: list[list[dict[str, Any]]] = [[] for _ in range(rows(who.subjects))]
     place = {str(subject): at for at, subject in enumerate(who.subjects["subject"])}
     for row in range(rows(who.scans)):

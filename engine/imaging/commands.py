@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from engine import provenance
 from engine.atomic import atomic_folder, write_json, write_text
 from engine.errors import InputError, UsageError
-from engine.imaging.config import load_config
+from engine.imaging.config import BASELINE, load_config
 
 Progress = Callable[[str, int, int], None]
 _SUFFIXES = (".nii", ".nii.gz")
@@ -55,6 +56,11 @@ def sample_command(
     set: Mapping[str, Any] | None = None,
     follow_up: Mapping[str, Any] | None = None,
     covariates_csv: str | Path | None = None,
+    label_maps: str | Path | None = None,
+    baseline: str | Path | None = None,
+    size: Sequence[int] | None = None,
+    spacing_mm: Sequence[float] | None = None,
+    memory_gb: float | None = None,
     format: str = "nifti",
     force: bool = False,
     device: str = "auto",
@@ -69,12 +75,19 @@ def sample_command(
         follow_up: a second visit of every subject, with the same identity and these covariates changed.
         covariates_csv: one row per visit with a column `subject` (its number from 0, or SYN and the number) and
             covariates; replaces `set`. Columns the model was not trained with are left out and named in the result.
+        label_maps: a label map, or a table of them, for a model that is conditioned on one; subject k gets map k modulo
+            their number.
+        baseline: an earlier scan, or a table of them with their covariates, for a model that knows follow-ups; subject k
+            is a follow-up of scan k modulo their number, at the baseline's covariates changed by `set` ("+2" adds).
+        size, spacing_mm, memory_gb: as `engine.imaging.generate.sample`.
         format: "nifti", or "dicom": one folder per series.
 
     Raises:
         UsageError: an argument does not fit the model, or `out` exists.
     """
-    from engine.imaging.generate import load_model, sample
+    from engine.imaging.generate import Baseline, load_model, sample
+    from engine.imaging.inputs import follow_up as at_follow_up
+    from engine.imaging.inputs import read_scans
     from engine.imaging.volume import write_volume
 
     if not 0 <= shard[0] < shard[1]:
@@ -83,17 +96,45 @@ def sample_command(
         raise UsageError("format nifti or dicom", f"'{format}'", "--format")
     subjects = shard_range(n, shard)
     model = load_model(run, device)
-    visits, ignored = _visits(subjects, set, follow_up, covariates_csv, [c.name for c in model.covariates])
-    rows, counts = [], dict.fromkeys(subjects, 0)
+    produce, names = model.config.data.produce, [c.name for c in model.covariates]
+    if format == "dicom" and produce != "image":
+        raise UsageError("format nifti for label maps", "dicom", "--format")
+    visits, ignored = _visits(subjects, set, follow_up, covariates_csv, names)
+    maps = read_scans(label_maps, "label", None) if label_maps else None
+    earlier = None
+    if baseline:
+        if covariates_csv or follow_up:
+            raise UsageError("--set beside --baseline", "a table of covariates or of visits", "sample")
+        scans = read_scans(baseline, "image", model.config.data.modality)
+        earlier = [Baseline(volume, {k: row[k] for k in names if k in row}) for volume, row in scans]
+        visits = [[at_follow_up(earlier[k % len(earlier)].covariates, set or {}, names)] for k in subjects]
+    rows: list[dict[str, Any]] = []
+    counts = dict.fromkeys(subjects, 0)
     with atomic_folder(out) as folder:
         for index, volume, given in sample(
-            model, len(subjects), seed=seed, start=subjects.start, covariates=visits, force=force
+            model,
+            len(subjects),
+            seed=seed,
+            start=subjects.start,
+            covariates=visits,
+            label_maps=[volume for volume, _ in maps] if maps else None,
+            baselines=earlier,
+            size=size,
+            spacing_mm=spacing_mm,
+            memory_gb=memory_gb,
+            force=force,
         ):
             visit = counts[index]
             counts[index] += 1
             if progress is not None:
                 progress("sampling", index - subjects.start + 1, len(subjects))
             name = f"SYN{index:09d}_visit{visit}" + ("" if format == "dicom" else ".nii.gz")
+            row = {"image": name, "subject": f"SYN{index:09d}", "visit": visit, **given}
+            if produce == "pair":
+                row["label"] = f"SYN{index:09d}_visit{visit}_label.nii.gz"
+                drawn = replace(volume, array_cdhw=volume.array_cdhw[-1:], modality=None)
+                write_volume(drawn, folder / row["label"], description="SYNTHETIC")
+                volume = replace(volume, array_cdhw=volume.array_cdhw[:-1])
             write_volume(
                 volume,
                 folder / name,
@@ -101,14 +142,17 @@ def sample_command(
                 description="SYNTHETIC",
                 subject=f"SYN{index:09d}",
             )
-            rows.append({"image": name, "subject": f"SYN{index:09d}", "visit": visit, **given})
-        columns = list(dict.fromkeys(["image", "subject", "visit", *(c.name for c in model.covariates)]))
+            rows.append(row)
+        given_names = [name for name in names if not name.startswith(BASELINE) or any(name in row for row in rows)]
+        labelled = ["label"] if produce == "pair" else []
+        columns = list(dict.fromkeys(["image", *labelled, "subject", "visit", *given_names]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
         write_text(folder / "volumes.csv", text.getvalue())
-        digests = {row["image"]: provenance.input_record(folder / str(row["image"]))["sha256"] for row in rows}
+        made = [str(row[column]) for row in rows for column in ("image", *labelled)]
+        digests = {name: provenance.input_record(folder / name)["sha256"] for name in made}
         write_json(folder / "checksums.json", digests)
         provenance.write(
             folder,
@@ -122,10 +166,69 @@ def sample_command(
                 "first_subject": subjects.start,
                 "shard": f"{shard[0]}/{shard[1]}",
                 "volumes": len(rows),
+                "memory_gb": memory_gb,
+                "conditioned_on": {"label_maps": bool(maps), "scans_of_people": bool(earlier)},
             },
         )
     result = {"out": Path(out).name, "volumes": len(rows), "subjects": len(subjects), "first_subject": subjects.start}
     return {**result, "seed": seed, "ignored_columns": ignored}
+
+
+def paint_command(
+    run: str | Path,
+    image: str | Path,
+    out: str | Path,
+    *,
+    region: str | Path | None = None,
+    n: int = 1,
+    seed: int = 0,
+    set: Mapping[str, Any] | None = None,
+    resamples: int = 5,
+    force: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`engine imaging paint`: see `engine.imaging.paint.paint`; `n` volumes, the region that was generated, `volumes.csv`
+    and `provenance.json` in a new folder `out`. Parts of a real scan stay a real scan: they are no synthetic data.
+
+    Raises:
+        UsageError: an argument does not fit the model, or `out` exists. InputError: a scan cannot be used.
+    """
+    from engine.imaging.generate import load_model
+    from engine.imaging.paint import paint
+    from engine.imaging.volume import read_volume, write_volume
+
+    model = load_model(run, device)
+    scan = read_volume(image, modality=model.config.data.modality)
+    asked = read_volume(region) if region is not None else None
+    rows = []
+    with atomic_folder(out) as folder:
+        painted = paint(
+            model, scan, asked, n=n, seed=seed, covariates=set, resamples=resamples, force=force
+        )  # fmt: skip
+        for index, volume, outside in painted:
+            name = f"PAINTED{index:06d}.nii.gz"
+            write_volume(volume, folder / name, description="PARTLY SYNTHETIC")
+            rows.append({"image": name, **(set or {})})
+            if index == 0:
+                mask = replace(volume, array_cdhw=outside[None].astype(np.float32), modality=None, units="arbitrary")
+                write_volume(mask, folder / "generated.nii.gz", description="WHERE VOXELS ARE SYNTHETIC")
+            if progress is not None:
+                progress("painting", index + 1, n)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder / "volumes.csv", text.getvalue())
+        provenance.write(
+            folder,
+            "imaging paint",
+            config=model.config.model_dump(mode="json"),
+            inputs=[Path(run) / "config.yaml", Path(run) / "checkpoints" / f"step-{model.step:06d}"],
+            seed=seed,
+            extra={"volumes": n, "resamples": resamples, "scans_of_people": True},
+        )
+    return {"out": Path(out).name, "volumes": n, "generated_voxels": int(outside.sum()), "seed": seed}
 
 
 def evaluate_command(

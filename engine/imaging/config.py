@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.errors import InputError, UsageError, closest
 
+BASELINE = "baseline_"  # before the name of a covariate: its value at the earlier visit
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -26,6 +28,16 @@ class CovariateConfig(_Section):
     levels: list[str] | None = Field(
         None, description="categorical: allowed values; default: those of the training side"
     )
+    drop: float | None = Field(
+        None, ge=0, le=1, description="probability of training without it; default: flow.condition_drop"
+    )
+
+
+class GridConfig(_Section):
+    """A further field of view on which the same scans are trained."""
+
+    size: tuple[int, int, int] = Field(description="voxels per axis after reorientation to RAS")
+    spacing_mm: tuple[float, float, float]
 
 
 class DataConfig(_Section):
@@ -34,6 +46,15 @@ class DataConfig(_Section):
     size: tuple[int, int, int] = Field(description="voxels per axis after reorientation to RAS")
     spacing_mm: tuple[float, float, float] | None = Field(
         None, description="resample to this; null keeps the file's own"
+    )
+    further_grids: list[GridConfig] = Field(
+        default_factory=list, description="further sizes and spacings, each trained in its share of the steps"
+    )
+    produce: Literal["image", "mask", "pair"] = Field(
+        "image", description="what a sample is: a scan, a label map, or both as one (column label)"
+    )
+    labels: list[int] = Field(
+        default_factory=list, description="values of the label maps that count; others are background"
     )
     modality: Literal["MR", "CT"] = "MR"
     mr_percentile: float = Field(99.5, gt=50, le=100, description="MR: this percentile becomes the top of the range")
@@ -52,7 +73,28 @@ class DataConfig(_Section):
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
         if self.hu_range[0] >= self.hu_range[1]:
             raise ValueError(f"hu_range must rise, got {self.hu_range}")
+        if self.produce != "image" and not self.labels:
+            raise ValueError(f"produce: {self.produce} needs labels, the values of the label maps that count")
+        if (
+            sorted(set(self.labels)) != self.labels
+            or min(self.labels, default=1) < 1
+            or max(self.labels, default=1) > 255
+        ):
+            raise ValueError(f"labels must rise between 1 and 255, got {self.labels}")
+        if any(name.startswith(BASELINE) for name in self.covariates):
+            raise ValueError(f"covariates may not be named {BASELINE}..., which means those of an earlier visit")
         return self
+
+    @property
+    def grids(self) -> list[DataConfig]:
+        """This config, and for every further grid one that differs in size and spacing."""
+        more = [{"size": g.size, "spacing_mm": g.spacing_mm, "further_grids": []} for g in self.further_grids]
+        return [self, *(self.model_copy(update=changes) for changes in more)]
+
+    @property
+    def image_channels(self) -> bool:
+        """Whether the channels that are learned begin with an image."""
+        return self.produce != "mask"
 
 
 class Budget(_Section):
@@ -92,6 +134,9 @@ class AutoencoderConfig(Budget):
     adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
     adversarial_start: float = Field(0.5, ge=0, le=1, description="share of the stage after which it joins")
     discriminator_width: int = Field(16, ge=4)
+    crop_size: tuple[int, int, int] | None = Field(
+        None, description="train on random crops of this size; null: whole volumes"
+    )
 
     @property
     def factor(self) -> int:
@@ -102,6 +147,9 @@ class AutoencoderConfig(Budget):
 class FlowConfig(Budget):
     """Network and training of the second stage."""
 
+    network: Literal["unet", "dit"] = "unet"
+    patch: int = Field(2, ge=1, description="dit: latent positions per token and axis")
+    depth: int = Field(8, ge=1, description="dit: blocks; its width is widths[0], heads of 32 or 64 channels")
     widths: list[int] = Field([64, 128, 192], min_length=1)
     blocks: int = Field(1, ge=1)
     attention_levels: list[int] = Field(default_factory=lambda: [1, 2])
@@ -119,6 +167,10 @@ class FlowConfig(Budget):
         description="blurs continuous covariates in training, in standard deviations: an exact age names a person",
     )
     time_shift: float = Field(1.0, gt=0, description="> 1 spends more of training and sampling near noise")
+    label_map: bool = Field(False, description="conditioned on the label map (column label, data.labels)")
+    baseline: bool = Field(
+        False, description="conditioned on another scan of the same person and on the covariates at its time"
+    )
     views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")
     shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
 
@@ -130,6 +182,22 @@ class SamplingConfig(_Section):
     method: Literal["euler", "heun"] = "heun"
     guidance: float = Field(1.0, ge=0, description="1 = conditional model as it is, 0 = covariates ignored")
     precision: Literal["fp32", "bf16"] = "fp32"
+    memory_gb: float = Field(
+        4.0, gt=0, description="a volume whose decoding needs more is decoded in a stream of planes within this"
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="decode one volume while the next is sampled; auto: on a GPU"
+    )
+
+
+class MonitorConfig(_Section):
+    """Memorisation watched while the flow trains: copies among samples, and the loss on the holdout."""
+
+    every_steps: int = Field(ge=1, description="of the flow stage")
+    samples: int = Field(40, ge=8, description="volumes drawn each time")
+    steps: int = Field(10, ge=1, description="of the sampler")
+    level: float = Field(0.05, gt=0, lt=0.5, description="share of unseen real scans that would be called copies")
+    patience: int = Field(2, ge=1, description="judgements in a row with certain copying that end the stage")
 
 
 class TrainingConfig(_Section):
@@ -149,6 +217,9 @@ class TrainingConfig(_Section):
     )
     bad_step_limit: int = Field(
         10, ge=1, description="steps with a non-finite loss or gradient are skipped, at most so many"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations inside blocks: less memory, about a third more time"
     )
 
 
@@ -192,14 +263,28 @@ class ImagingConfig(_Section):
     flow: FlowConfig
     sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig.model_validate({}))
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
+    monitor: MonitorConfig | None = None
     privacy: PrivacyConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ImagingConfig:
         factor = self.autoencoder.factor
-        if any(n % factor for n in self.data.size):
-            nearest = tuple(max(1, round(n / factor)) * factor for n in self.data.size)
-            raise ValueError(f"data.size {self.data.size} must be multiples of {factor}, e.g. {nearest}")
+        crop = self.autoencoder.crop_size
+        named = [("data.size", self.data.size), *(("further_grids.size", g.size) for g in self.data.further_grids)]
+        for name, size in [*named, *([("autoencoder.crop_size", crop)] if crop else [])]:
+            if any(n % factor for n in size):
+                nearest = tuple(max(1, round(n / factor)) * factor for n in size)
+                raise ValueError(f"{name} {size} must be multiples of {factor}, e.g. {nearest}")
+        if self.data.further_grids and self.data.spacing_mm is None:
+            raise ValueError("further_grids need data.spacing_mm, so that every grid is stated")
+        if crop and any(c > n for _, size in named for c, n in zip(crop, size)):
+            raise ValueError(f"autoencoder.crop_size {crop} must fit into every grid")
+        if self.flow.label_map and (not self.data.labels or self.data.produce != "image"):
+            raise ValueError("flow.label_map needs data.labels, and data.produce image: the map is given, not made")
+        if self.monitor is not None and self.training.parallel == "fsdp":
+            raise ValueError("monitor needs whole weights on the main process: training.parallel ddp")
+        if self.privacy is not None and (self.flow.label_map or self.flow.baseline or self.data.further_grids):
+            raise ValueError("privacy goes with neither flow.label_map, flow.baseline nor data.further_grids")
         if any(not 0 <= level < len(self.flow.widths) for level in self.flow.attention_levels):
             raise ValueError(f"flow.attention_levels {self.flow.attention_levels} must name levels of flow.widths")
         return self
@@ -210,11 +295,28 @@ class ImagingConfig(_Section):
         d, h, w = (n // self.autoencoder.factor for n in self.data.size)
         return d, h, w
 
+    @property
+    def map_channels(self) -> int:
+        """Channels of a label map on the latent grid, the flag "given" included; 0 where it is no condition."""
+        return self.map_fold**3 * len(self.data.labels) + 1 if self.flow.label_map else 0
+
+    @property
+    def map_fold(self) -> int:
+        """Shares of labels are given per half a latent position, where one has so many voxels."""
+        return 2 if self.autoencoder.factor % 2 == 0 else 1
+
+    @property
+    def baseline_channels(self) -> int:
+        """Channels of an earlier scan's latent, the flag "given" included; 0 where it is no condition."""
+        return self.autoencoder.latent_channels + 1 if self.flow.baseline else 0
+
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """Keys allowed at `location` of an ImagingConfig (the last part is the unknown key itself)."""
     model: Any = ImagingConfig
     for part in location[:-1]:
+        if isinstance(part, int):  # a place in a list
+            continue
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return list(CovariateConfig.model_fields)

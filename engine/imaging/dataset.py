@@ -25,6 +25,7 @@ from engine.atomic import atomic_path, write_json
 from engine.errors import EngineError, InputError, UsageError, closest
 from engine.imaging.config import DataConfig, ImagingConfig
 from engine.imaging.denoiser import Condition
+from engine.imaging.labels import channels_of, codes_of
 from engine.imaging.volume import Volume, crop_or_pad, read_volume, reorient, resample
 
 MR_TOP = 1000.0  # MR volumes leave the engine in arbitrary units, 0 .. MR_TOP
@@ -290,37 +291,47 @@ class Scans:
         x_bcdhw: float32 in [-1, 1].
         spacing_mm: float64 (b, 3).
         centre_mm: float64 (b, 3), position of the field of view's centre in RAS mm.
+        codes_bdhw: uint8 codes of the label maps (`labels`) where the config has labels, else None.
     """
 
     x_bcdhw: np.ndarray
     spacing_mm: np.ndarray
     centre_mm: np.ndarray
+    codes_bdhw: np.ndarray | None = None
 
 
-def load_scans(rows: Sequence[Row], config: ImagingConfig, cache: Path | None = None) -> Scans:
+def load_scans(rows: Sequence[Row], config: ImagingConfig, cache: Path | None = None, grid: int = 0) -> Scans:
     """Read, fit and scale every row; with `cache`, keep the result there and read it next time.
+
+    Args:
+        grid: which of `config.data.grids`.
 
     Raises:
         InputError: a row's volume cannot be used; one line with the row's number and the reader's reason.
     """
+    data = config.data.grids[grid]
     key = hashlib.sha256(
         json.dumps(
             [
-                config.data.model_dump(mode="json"),
+                data.model_dump(mode="json"),
                 [[str(r.image.name), r.image.stat().st_size, r.image.stat().st_mtime_ns] for r in rows],
+                [r.label.stat().st_mtime_ns for r in rows if r.label and r.label.exists() and data.labels],
             ]
         ).encode()
     ).hexdigest()
-    if cache is not None and (cache / "scans.json").is_file() and (cache / "scans.npy").is_file():
-        record = json.loads((cache / "scans.json").read_text(encoding="utf-8"))
+    suffix = f"-{grid}" if grid else ""
+    names = [f"scans{suffix}.npy", *([f"labels{suffix}.npy"] if data.labels else [])]
+    if cache is not None and all((cache / name).is_file() for name in (f"scans{suffix}.json", *names)):
+        record = json.loads((cache / f"scans{suffix}.json").read_text(encoding="utf-8"))
         if record["key"] == key:
             geometry = np.array(record["geometry_mm"], dtype=np.float64)
-            return Scans(np.load(cache / "scans.npy", mmap_mode="r"), geometry[:, :3], geometry[:, 3:])
-    arrays: list[np.ndarray] = []
+            arrays = [np.load(cache / name, mmap_mode="r") for name in names]
+            return Scans(arrays[0], geometry[:, :3], geometry[:, 3:], arrays[1] if data.labels else None)
+    arrays, codes = [], []
     geometry_rows: list[list[float]] = []
     for row in rows:
         try:
-            volume = fit_volume(read_volume(row.image, modality=config.data.modality), config.data)
+            volume, code_dhw = fit_row(row, data)
         except EngineError as error:
             raise InputError(f"row {row.number}: {error}") from None
         if arrays and volume.array_cdhw.shape != arrays[0].shape:
@@ -328,14 +339,59 @@ def load_scans(rows: Sequence[Row], config: ImagingConfig, cache: Path | None = 
                 f"{len(arrays[0])} channels, as in the first row", f"{volume.array_cdhw.shape[0]}", f"row {row.number}"
             )
         arrays.append(volume.array_cdhw)
+        codes.append(code_dhw)
         geometry_rows.append([*volume.spacing_mm, *centre_of(volume)])
     x_bcdhw, geometry = np.stack(arrays), np.array(geometry_rows, dtype=np.float64)
+    codes_bdhw = np.stack([c for c in codes if c is not None]) if data.labels else None
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-        with atomic_path(cache / "scans.npy") as partial, partial.open("wb") as stream:
-            np.save(stream, x_bcdhw)
-        write_json(cache / "scans.json", {"key": key, "geometry_mm": geometry.tolist()})
-    return Scans(x_bcdhw, geometry[:, :3], geometry[:, 3:])
+        for name, array in zip(names, [x_bcdhw] if codes_bdhw is None else [x_bcdhw, codes_bdhw]):
+            with atomic_path(cache / name) as partial, partial.open("wb") as stream:
+                np.save(stream, array)
+        write_json(cache / f"scans{suffix}.json", {"key": key, "geometry_mm": geometry.tolist()})
+    return Scans(x_bcdhw, geometry[:, :3], geometry[:, 3:], codes_bdhw)
+
+
+def fit_row(row: Row, data: DataConfig) -> tuple[Volume, np.ndarray | None]:
+    """One row on the config's grid: the channels to be learned in [-1, 1], and the codes of its label map if there are
+    labels.
+
+    Raises:
+        InputError: a file cannot be used, the label map lies elsewhere than the image, or there is none where one is needed.
+    """
+    if not data.labels:
+        return fit_volume(read_volume(row.image, modality=data.modality), data), None
+    path = row.label if row.label is not None or data.image_channels else row.image
+    if path is None:
+        raise InputError("a label map (column label)", "an empty cell", row.image)
+    drawn = read_volume(path)
+    codes = fit_codes(drawn, data, path)
+    if not data.image_channels:
+        return replace(codes, array_cdhw=channels_of(_codes(codes), len(data.labels))), _codes(codes)
+    image = read_volume(row.image, modality=data.modality)
+    apart = image.shape_dhw != drawn.shape_dhw or not np.allclose(image.affine, drawn.affine, atol=0.05)
+    if apart:
+        raise InputError("a label map on the image's grid", "another grid", path, "resample it to the image")
+    fitted = fit_volume(image, data)
+    if data.produce == "pair":
+        channels = channels_of(_codes(codes), len(data.labels))
+        fitted = replace(fitted, array_cdhw=np.concatenate([fitted.array_cdhw, channels]))
+    return fitted, _codes(codes)
+
+
+def _codes(volume: Volume) -> np.ndarray:
+    return volume.array_cdhw[0].astype(np.uint8)
+
+
+def fit_codes(volume: Volume, data: DataConfig, where: object) -> Volume:
+    """A label map as codes, in RAS on the config's grid as `fit_volume` lays images: nearest neighbour, never smoothed."""
+    if len(volume.array_cdhw) != 1:
+        raise InputError("a label map of one channel", f"{len(volume.array_cdhw)} channels", where)
+    volume = replace(volume, array_cdhw=codes_of(volume.array_cdhw[0], data.labels, where)[None].astype(np.float32))
+    volume = reorient(volume, "RAS")
+    if data.spacing_mm is not None and not np.allclose(volume.spacing_mm, data.spacing_mm, rtol=1e-3):
+        volume = resample(volume, data.spacing_mm, order=0)
+    return crop_or_pad(_reflected(volume, data.size), data.size, fill=0.0)
 
 
 def centre_of(volume: Volume) -> np.ndarray:

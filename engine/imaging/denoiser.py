@@ -1,20 +1,22 @@
-"""The denoiser: a 3D U-Net that predicts the velocity of a noisy latent, given time, spacing and covariates.
+"""The denoiser: a 3D U-Net that predicts the velocity of a noisy latent, given time, spacing, covariates and maps.
 
-One network; what it is conditioned on is an argument. Each covariate has a learned "not given" embedding, used where
-the data misses it, where training drops it, and for the unguided half of classifier-free guidance (Ho & Salimans 2022).
-Conditioning enters every residual block as scale and shift after normalisation. Any latent size works: a level halves
-sizes rounding up, and the way back takes the size of the skip connection.
+One network; what it is conditioned on is an argument. Maps on the latent's grid (a label map, the latent of an earlier
+scan; `engine.imaging.context`) are further channels of its input. Each covariate has a learned "not given" embedding,
+used where the data misses it, where training drops it, and for the unguided half of classifier-free guidance (Ho &
+Salimans 2022). Conditioning enters every residual block as scale and shift after normalisation. Any latent size works: a
+level halves sizes rounding up, and the way back takes the size of the skip connection.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.errors import Unsupported
 from engine.imaging.autoencoder import group_norm
@@ -29,31 +31,52 @@ class Condition:
         spacing_b3: log of the spacing in mm, float32.
         continuous_bk: standardised continuous covariates, float32; NaN = not given.
         categorical_bk: level of each categorical covariate, int64; -1 = not given.
+        context_bcdhw: further channels of the latent's size, float32; None for a model that has none.
     """
 
     spacing_b3: Tensor
     continuous_bk: Tensor
     categorical_bk: Tensor
+    context_bcdhw: Tensor | None = None
 
     def to(self, device: torch.device) -> Condition:
         """The same on `device`."""
-        return Condition(*(t.to(device) for t in (self.spacing_b3, self.continuous_bk, self.categorical_bk)))
+        context = None if self.context_bcdhw is None else self.context_bcdhw.to(device)
+        spacing, continuous, categorical = self.spacing_b3, self.continuous_bk, self.categorical_bk
+        return Condition(spacing.to(device), continuous.to(device), categorical.to(device), context)
 
     def rows(self, index: Tensor) -> Condition:
         """The rows `index` (int64)."""
-        return Condition(self.spacing_b3[index], self.continuous_bk[index], self.categorical_bk[index])
+        plain = (self.spacing_b3[index], self.continuous_bk[index], self.categorical_bk[index])
+        return Condition(*plain, None if self.context_bcdhw is None else self.context_bcdhw[index])
+
+    def within(self, context_bcdhw: Tensor | None) -> Condition:
+        """The same with these further channels."""
+        return replace(self, context_bcdhw=context_bcdhw)
+
+    def with_unguided(self) -> Condition:
+        """Rows as given, followed by the same rows without covariates: both halves of classifier-free guidance."""
+        both = torch.arange(len(self.spacing_b3), device=self.spacing_b3.device).repeat(2)
+        without, half = self.unguided(), len(self.spacing_b3)
+        doubled = self.rows(both)
+        return replace(
+            doubled,
+            continuous_bk=torch.cat([doubled.continuous_bk[:half], without.continuous_bk]),
+            categorical_bk=torch.cat([doubled.categorical_bk[:half], without.categorical_bk]),
+        )
 
     def dropped(self, drop_continuous_bk: Tensor, drop_categorical_bk: Tensor) -> Condition:
         """The same with the covariates under the boolean masks not given."""
         continuous = self.continuous_bk.masked_fill(drop_continuous_bk, math.nan)
-        return Condition(self.spacing_b3, continuous, self.categorical_bk.masked_fill(drop_categorical_bk, -1))
+        categorical = self.categorical_bk.masked_fill(drop_categorical_bk, -1)
+        return replace(self, continuous_bk=continuous, categorical_bk=categorical)
 
     def blurred(self, noise_bk: Tensor) -> Condition:
         """The same with `noise_bk` added to the continuous covariates; what is not given stays so."""
-        return Condition(self.spacing_b3, self.continuous_bk + noise_bk, self.categorical_bk)
+        return replace(self, continuous_bk=self.continuous_bk + noise_bk)
 
     def unguided(self) -> Condition:
-        """The same without any covariate; spacing stays, because geometry is never guessed."""
+        """The same without any covariate; spacing and maps stay, because geometry and identity are never guessed."""
         return self.dropped(torch.ones_like(self.continuous_bk, dtype=torch.bool), self.categorical_bk >= -1)
 
 
@@ -163,13 +186,24 @@ class Denoiser(nn.Module):
         latent_channels: channels of the latent.
         levels: number of levels of each categorical covariate.
         continuous: number of continuous covariates.
+        context_channels: channels of `Condition.context_bcdhw`.
+        recompute: keep no activations inside blocks for the backward pass.
     """
 
-    def __init__(self, config: FlowConfig, latent_channels: int, levels: list[int], continuous: int) -> None:
+    def __init__(
+        self,
+        config: FlowConfig,
+        latent_channels: int,
+        levels: list[int],
+        continuous: int,
+        context_channels: int = 0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute, self.context_channels = recompute, context_channels
         widths, embedding, blocks = config.widths, config.embedding_width, config.blocks
         self.embed = ConditionEmbedding(embedding, levels, continuous)
-        self.first = nn.Conv3d(latent_channels, widths[0], 3, padding=1)
+        self.first = nn.Conv3d(latent_channels + context_channels, widths[0], 3, padding=1)
 
         def attention(level: int) -> nn.Module:
             if level not in config.attention_levels:
@@ -200,20 +234,38 @@ class Denoiser(nn.Module):
 
     def forward(self, x_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor:
         embedding = self.embed(t_b, condition)
-        h, skips = self.first(x_bcdhw), []
+        h, skips = self.first(with_context(x_bcdhw, condition, self.context_channels)), []
         for level, blocks in enumerate(self.down):
             for block in blocks.children():
-                h = block(h, embedding)
+                h = self._through(block, h, embedding)
             h = self.down_attention[level](h)
             skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)
-        h = self.middle(h, embedding)
+        h = self._through(self.middle, h, embedding)
         for step, blocks in enumerate(self.up):
             h = torch.cat([h, skips.pop()], dim=1)
             for block in blocks.children():
-                h = block(h, embedding)
+                h = self._through(block, h, embedding)
             h = self.up_attention[step](h)
             if step < len(self.grow):
                 h = self.grow[step](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
         return self.last(F.silu(self.last_norm(h))).float()
+
+    def _through(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        return recomputed(block, h, embedding) if self.recompute and self.training else block(h, embedding)
+
+
+def with_context(x_bcdhw: Tensor, condition: Condition, channels: int) -> Tensor:
+    """The latent and its context channels; zeros, which mean "not given", where a model with such channels gets none."""
+    if not channels:
+        return x_bcdhw
+    context = condition.context_bcdhw
+    if context is None:
+        context = x_bcdhw.new_zeros((len(x_bcdhw), channels, *x_bcdhw.shape[2:]))
+    return torch.cat([x_bcdhw, context], dim=1)
+
+
+def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """`block(*inputs)` whose activations are computed again in the backward pass (gradient checkpointing)."""
+    return checkpoint(block, *inputs, use_reentrant=False)

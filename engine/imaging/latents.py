@@ -6,6 +6,7 @@ statistics run over the whole training side. Shifted copies (views) stand beside
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from engine import seeding
 from engine.atomic import atomic_path
 from engine.errors import CorruptRun
+from engine.imaging import streamed
 from engine.imaging.autoencoder import Autoencoder
 from engine.imaging.config import ImagingConfig
 from engine.imaging.dataset import Scans, shifted
@@ -29,13 +31,13 @@ class Latents:
     """Posterior mean and deviation of every training volume in every view, and the statistics that standardise them.
 
     Attributes:
-        mean_vbcdhw, deviation_vbcdhw: float32 (views, volumes, channels, d, h, w).
+        mean_g, deviation_g: per grid, float32 (views, volumes, channels, d, h, w).
         mean_c, deviation_c: float32 (channels,), of draws from the posteriors over the training side.
         digest: SHA-256 of the cache file.
     """
 
-    mean_vbcdhw: Tensor
-    deviation_vbcdhw: Tensor
+    mean_g: list[Tensor]
+    deviation_g: list[Tensor]
     mean_c: Tensor
     deviation_c: Tensor
     digest: str
@@ -48,7 +50,7 @@ class Latents:
 def cached_latents(
     config: ImagingConfig,
     autoencoder: Autoencoder,
-    scans: Scans,
+    scans_g: Sequence[Scans],
     path: Path,
     wanted: str | None,
     accelerator: Accelerator,
@@ -63,41 +65,64 @@ def cached_latents(
     """
     if accelerator.is_main_process and (wanted is None or not path.is_file()):
         with atomic_path(path) as partial:
-            save_file(_encode(config, autoencoder, scans, accelerator.device), partial)
+            save_file(_encode(config, autoencoder, scans_g, accelerator.device), partial)
     accelerator.wait_for_everyone()
     digest = sha256(path)
     if wanted is not None and digest != wanted:
         hint = "remove the file; where the same autoencoder does not give it again, train again"
         raise CorruptRun("the latents this checkpoint was trained on", "others", path, hint)
     tensors = load_file(path)
-    return Latents(tensors["mean"], tensors["deviation"], tensors["mean_c"], tensors["deviation_c"], digest)
+    means, deviations = (
+        [tensors[f"{name}{_suffix(g)}"] for g in range(len(scans_g))] for name in ("mean", "deviation")
+    )
+    return Latents(means, deviations, tensors["mean_c"], tensors["deviation_c"], digest)
+
+
+def _suffix(grid: int) -> str:
+    return f"-{grid}" if grid else ""
 
 
 @torch.no_grad()
-def _encode(config: ImagingConfig, autoencoder: Autoencoder, scans: Scans, device: torch.device) -> dict[str, Tensor]:
-    """View 0 is the volume itself; the others are shifted copies, drawn per (volume, view)."""
+def _encode(
+    config: ImagingConfig, autoencoder: Autoencoder, scans_g: Sequence[Scans], device: torch.device
+) -> dict[str, Tensor]:
+    """View 0 is the volume itself; the others are shifted copies, drawn per (volume, view). The statistics run over all
+    grids, every latent position counting once."""
     autoencoder.eval()
-    means, deviations = [], []
-    for view in range(config.flow.views):
-        for index in range(len(scans.x_bcdhw)):
-            offset = random_shift(
-                config.seed, index * config.flow.views + view, config.flow.shift_voxels if view else 0, "view"
-            )
-            x = torch.from_numpy(np.array(shifted(scans.x_bcdhw[index], offset)))[None].to(device)
-            mean, deviation = autoencoder.encode(x)
-            means.append(mean.cpu())
-            deviations.append(deviation.cpu())
+    tensors: dict[str, Tensor] = {}
+    for grid, scans in enumerate(scans_g):
+        means, deviations = [], []
+        for view in range(config.flow.views):
+            for index in range(len(scans.x_bcdhw)):
+                most = config.flow.shift_voxels if view else 0
+                offset = random_shift(config.seed, index * config.flow.views + view, most, "view")
+                x = torch.from_numpy(np.array(shifted(scans.x_bcdhw[index], offset)))[None].to(device)
+                mean, deviation = encode_within(autoencoder, x, config.sampling.memory_gb)
+                means.append(mean.cpu())
+                deviations.append(deviation.cpu())
+        shape = (config.flow.views, len(scans.x_bcdhw), *means[0].shape[1:])
+        tensors[f"mean{_suffix(grid)}"] = torch.cat(means).view(shape)
+        tensors[f"deviation{_suffix(grid)}"] = torch.cat(deviations).view(shape)
     autoencoder.train()
-    shape = (config.flow.views, len(scans.x_bcdhw), *means[0].shape[1:])
-    mean_z, deviation_z = torch.cat(means).view(shape), torch.cat(deviations).view(shape)
-    mean_c = mean_z.mean(dim=(0, 1, 3, 4, 5))
-    centred = (mean_z - mean_c.view(1, 1, -1, 1, 1, 1)).square() + deviation_z.square()
-    return {
-        "mean": mean_z,
-        "deviation": deviation_z,
-        "mean_c": mean_c,
-        "deviation_c": centred.mean(dim=(0, 1, 3, 4, 5)).sqrt(),
-    }
+    found = [(tensors[f"mean{_suffix(g)}"], tensors[f"deviation{_suffix(g)}"]) for g in range(len(scans_g))]
+    if len(found) == 1:
+        mean_c = found[0][0].mean(dim=(0, 1, 3, 4, 5))
+    else:
+        mean_c = torch.cat([m.transpose(2, 0).flatten(1) for m, _ in found], dim=1).mean(dim=1)
+    everything, variance_c = sum(mean.numel() for mean, _ in found), torch.zeros_like(mean_c)
+    for mean, deviation in found:
+        centred = (mean - mean_c.view(1, 1, -1, 1, 1, 1)).square() + deviation.square()
+        variance_c += mean.numel() / everything * centred.mean(dim=(0, 1, 3, 4, 5))
+    return {**tensors, "mean_c": mean_c, "deviation_c": variance_c.sqrt()}
+
+
+def encode_within(autoencoder: Autoencoder, x_bcdhw: Tensor, memory_gb: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latent: of the whole volume at once, or in a stream of planes where that would take more
+    than `memory_gb`."""
+    steps = streamed.steps_of(autoencoder.encoder)
+    if streamed.whole_bytes(steps, x_bcdhw.shape) <= memory_gb * 1e9:
+        return autoencoder.encode(x_bcdhw)
+    return streamed.encode(autoencoder, x_bcdhw, budget_bytes=int(memory_gb * 1e9))
 
 
 def random_shift(seed: int, index: int, most: int, purpose: str = "shift") -> tuple[int, ...]:

@@ -35,9 +35,10 @@ from engine import provenance, seeding
 from engine.errors import CorruptRun, InputError, Unsupported, UsageError
 from engine.imaging.config import ImagingConfig, PrivacyConfig
 from engine.imaging.dataset import Row, condition, load_scans, read_table
-from engine.imaging.denoiser import Condition, Denoiser
+from engine.imaging.denoiser import Condition
 from engine.imaging.flow import interpolate, training_times, velocity_target
 from engine.imaging.generate import Model, load_model
+from engine.imaging.velocity import Velocity
 from engine.training import checkpoint, preemption
 from engine.training.ema import Ema
 from engine.training.log import Log, Progress
@@ -194,7 +195,7 @@ class Learned:
     zero, and W + up @ down is used; of the condition the parameters themselves.
     """
 
-    def __init__(self, denoiser: Denoiser, rules: PrivacyConfig, seed: int) -> None:
+    def __init__(self, denoiser: Velocity, rules: PrivacyConfig, seed: int) -> None:
         self.denoiser, self.part = denoiser.requires_grad_(False), rules.part
         self.fixed = {name: p.detach() for name, p in denoiser.named_parameters()}
         started: list[Tensor] = []

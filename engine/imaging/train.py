@@ -26,20 +26,15 @@ from torch import Tensor
 from engine import devices, provenance, seeding
 from engine.atomic import atomic_folder, write_text
 from engine.errors import EngineError, Unsupported, UsageError
+from engine.imaging import field_of_view, monitor
 from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss
 from engine.imaging.config import ImagingConfig, dump_config, load_config
-from engine.imaging.dataset import (
-    Covariate,
-    Scans,
-    condition,
-    learn_covariates,
-    load_scans,
-    read_table,
-    shifted,
-)
-from engine.imaging.denoiser import Condition, Denoiser
-from engine.imaging.flow import interpolate, training_times, velocity_target
-from engine.imaging.latents import Latents, cached_latents, random_shift
+from engine.imaging.context import known_covariates
+from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scans, read_table, shifted
+from engine.imaging.draws import FlowBatch, FlowData, flow_batch, flow_data
+from engine.imaging.flow import interpolate, velocity_target
+from engine.imaging.latents import cached_latents, random_shift
+from engine.imaging.velocity import Velocity, new_denoiser
 from engine.training import checkpoint, distributed, preemption
 from engine.training.ahead import Ahead
 from engine.training.clock import Clock
@@ -79,8 +74,10 @@ def train(
         accelerator = distributed.start()
         stack.enter_context(distributed.peers(accelerator, out))
         config = _resolved(config, accelerator.device)
-        rows = [row for row in read_table(data_csv, config.data) if row.train]
+        table = read_table(data_csv, config.data)
+        rows = [row for row in table if row.train]
         covariates = learn_covariates(rows, config.data, data_csv)
+        known = known_covariates(config, covariates)
         lock = None
         if accelerator.is_main_process:
             open_run(out, config, resume)
@@ -89,7 +86,9 @@ def train(
         log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress)
         try:
             with accelerator.main_process_first():  # the others find the cache
-                scans = load_scans(rows, config, Path(cache or out / "cache"))
+                stored = Path(cache or out / "cache")
+                scans_g = [load_scans(rows, config, stored, grid) for grid in range(len(config.data.grids))]
+                watch = monitor.prepare(config, table, scans_g[0], out / "cache") if config.monitor else None
         except EngineError:
             if accelerator.is_main_process and not resume:
                 shutil.rmtree(out)  # nothing was learned yet: a scan that cannot be used leaves no half-made run
@@ -98,7 +97,7 @@ def train(
         log.event(
             "data", scans=len(rows), people=len({r.subject for r in rows}), size="x".join(map(str, config.data.size))
         )
-        run.model.update(_model_facts(scans, covariates))
+        run.model.update(_model_facts(scans_g, known))
         log.event(
             "start",
             device=str(accelerator.device),
@@ -112,22 +111,22 @@ def train(
             run.joules_before = state.get("gpu_joules") or 0.0
 
         torch.manual_seed(seeding.derived_seed(config.seed, "imaging.weights", 0))
-        autoencoder = Autoencoder(config.autoencoder, channels=scans.x_bcdhw.shape[1]).to(accelerator.device)
+        autoencoder = Autoencoder(config.autoencoder, channels=scans_g[0].x_bcdhw.shape[1]).to(accelerator.device)
         if state.get("stage") == "flow" or state.get("done"):
             checkpoint.load_strictly(autoencoder, parts["autoencoder"], out)
             run.model["stages"] = state["model"]["stages"]
         else:
-            _train_autoencoder(run, config, autoencoder, scans, parts, state)
+            _train_autoencoder(run, config, autoencoder, scans_g, parts, state)
             parts, state = {}, {}
         run.steps_before = run.model["stages"]["autoencoder"]["steps"]
-        stored = out / "cache" / "latents.safetensors"
-        latents = cached_latents(config, autoencoder, scans, stored, state.get("latents_sha256"), accelerator)
+        encoded = out / "cache" / "latents.safetensors"
+        latents = cached_latents(config, autoencoder, scans_g, encoded, state.get("latents_sha256"), accelerator)
 
         torch.manual_seed(seeding.derived_seed(config.seed, "imaging.weights", 1))
-        denoiser = _new_denoiser(config, covariates).to(accelerator.device)
-        given = condition([row.covariates for row in rows], scans.spacing_mm, covariates, data_csv)
+        denoiser = new_denoiser(config, known).to(accelerator.device)
+        data = flow_data(config, rows, scans_g, latents, covariates)
         own = parts if state.get("stage") == "flow" else {}
-        _train_flow(run, config, autoencoder, denoiser, latents, given, own, state)
+        _train_flow(run, config, autoencoder, denoiser, data, watch, own, state)
 
         summary = {
             "run": out.name,
@@ -157,12 +156,13 @@ def _train_autoencoder(
     run: Loop,
     config: ImagingConfig,
     autoencoder: Autoencoder,
-    scans: Scans,
+    scans_g: list[Scans],
     parts: checkpoint.Parts,
     state: dict[str, Any],
 ) -> None:
     budget, device = config.autoencoder, run.accelerator.device
-    adversary = patch_discriminator(budget, scans.x_bcdhw.shape[1]).to(device) if budget.adversarial_weight else None
+    channels = scans_g[0].x_bcdhw.shape[1]
+    adversary = patch_discriminator(budget, channels).to(device) if budget.adversarial_weight else None
     clock = Clock(budget, state)
     if state:
         checkpoint.load_strictly(autoencoder, parts["autoencoder"], run.out)
@@ -181,7 +181,6 @@ def _train_autoencoder(
             checkpoint.load_optimizer(adversary_optimizer, parts["adversary_optimizer"], state["adversary_optimizer"])
         judge, adversary_optimizer = run.accelerator.prepare(adversary, adversary_optimizer)
     optimizer = run.accelerator.prepare(optimizer)
-    latent_shape = (budget.latent_channels, *config.latent_size)
 
     def save(done: bool) -> None:
         tensors, groups = checkpoint.optimizer_parts(optimizer)
@@ -195,14 +194,12 @@ def _train_autoencoder(
         run.save("autoencoder", clock, done, kept, entries)
 
     def make(step: int) -> list[tuple[Share, Tensor, Tensor]]:
-        made = []
+        made, scans = [], scans_g[grid_of(config, "autoencoder", step)]
         for share in run.shares("autoencoder", step, budget.batch_size, len(scans.x_bcdhw)):
-            moved = [
-                shifted(scans.x_bcdhw[i], random_shift(config.seed, p, budget.shift_voxels))
-                for p, i in zip(share.positions, share.indices)
-            ]
-            noise = [seeding.normal(latent_shape, config.seed, "imaging.posterior", p) for p in share.positions]
-            made.append((share, torch.from_numpy(np.stack(moved)), torch.stack(noise)))
+            x = np.stack([moved(scans.x_bcdhw[i], config, p) for p, i in zip(share.positions, share.indices)])
+            shape = (budget.latent_channels, *(n // budget.factor for n in x.shape[2:]))
+            noise = [seeding.normal(shape, config.seed, "imaging.posterior", p) for p in share.positions]
+            made.append((share, torch.from_numpy(x), torch.stack(noise)))
         return made
 
     with Ahead(make) as batches:
@@ -243,9 +240,9 @@ def _train_flow(
     run: Loop,
     config: ImagingConfig,
     autoencoder: Autoencoder,
-    denoiser: Denoiser,
-    latents: Latents,
-    given: Condition,
+    denoiser: Velocity,
+    data: FlowData,
+    watch: monitor.Watch | None,
     parts: checkpoint.Parts,
     state: dict[str, Any],
 ) -> None:
@@ -261,9 +258,11 @@ def _train_flow(
     if parts:
         checkpoint.load_optimizer(optimizer, parts["optimizer"], state["optimizer"])
         ema.load({k: t.to(device) for k, t in parts["ema"].items()}, state["ema_steps"])
+    latents = data.latents
     run.model["latent_mean_c"], run.model["latent_deviation_c"] = latents.mean_c.tolist(), latents.deviation_c.tolist()
+    if watch is not None:
+        watch.resume(parts, state if parts else {})
     optimizer = run.accelerator.prepare(optimizer)
-    given = given.to(device)
 
     def save(done: bool) -> None:
         tensors, groups = checkpoint.optimizer_parts(optimizer)
@@ -276,13 +275,30 @@ def _train_flow(
                 "denoiser": denoiser.state_dict(),
                 "ema": ema.tensors(),
                 "optimizer": tensors,
+                **({"best": watch.best} if watch is not None and watch.best else {}),
             },
-            {"optimizer": groups, "ema_steps": ema.steps, "latents_sha256": latents.digest},
+            {
+                "optimizer": groups,
+                "ema_steps": ema.steps,
+                "latents_sha256": latents.digest,
+                **({"monitor": watch.record()} if watch is not None else {}),
+            },
         )
 
-    def make(step: int) -> list[tuple[Share, tuple[Tensor, ...]]]:
-        own = run.shares("flow", step, budget.batch_size, len(latents.mean_vbcdhw[0]))
-        return [(share, _flow_draws(config, latents, given, share.positions, share.indices)) for share in own]
+    def make(step: int) -> list[tuple[Share, FlowBatch]]:
+        grid = grid_of(config, "flow", step)
+        own = run.shares("flow", step, budget.batch_size, latents.mean_g[grid].shape[1])
+        return [(share, flow_batch(config, data, grid, share.positions, share.indices)) for share in own]
+
+    def copies() -> bool:
+        """Judge the averaged weights for copying; whether it ends the stage. All ranks come here."""
+        stop = torch.zeros(1, device=device)
+        if run.accelerator.is_main_process and watch is not None:
+            with ema.applied(denoiser):
+                judged = watch.judge(config, run.model, autoencoder, denoiser, data, clock.step)
+            run.log.event("monitor", step=clock.step, **judged)
+            stop += float(watch.in_a_row >= watch.settings.patience)
+        return bool(run.accelerator.reduce(stop, reduction="sum").item() > 0)
 
     with Ahead(make) as batches:
         while not (ended := run.agree(clock, save)):
@@ -290,11 +306,10 @@ def _train_flow(
             rate = clock.set_rate(optimizer)
             run.begin(optimizer)
             for share, draws in batch:
-                x0, noise, t, blur, drop_continuous, drop_categorical = (d.to(device) for d in draws)
+                x0, noise, t = (d.to(device) for d in draws[:3])
+                wanted = draws[3].to(device)
                 if budget.dropout:
                     torch.manual_seed(seeding.derived_seed(config.seed, "imaging.dropout", share.positions[0]))
-                wanted = given.rows(torch.tensor(share.indices, device=device))
-                wanted = wanted.blurred(blur).dropped(drop_continuous, drop_categorical)
                 with run.exchange(model, share):
                     with run.autocast():
                         velocity = model(interpolate(x0, noise, t), t, wanted)
@@ -304,54 +319,39 @@ def _train_flow(
                 ema.update(denoiser)
             clock.advance()
             run.report("flow", clock, rate, budget.batch_size, batches.waited)
+            if watch is not None and clock.step % watch.settings.every_steps == 0 and copies():
+                ended = "copies"
+                break
     run.finish_stage("flow", clock, ended, save)
 
 
-def _flow_draws(
-    config: ImagingConfig, latents: Latents, given: Condition, positions: list[int], indices: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What training draws for the samples at `positions`: a latent redrawn from its posterior, noise, time, what is
-    added to continuous covariates, and which covariates are dropped.
-
-    All covariates are dropped together with probability `condition_drop` (what guidance needs), and in the rest each
-    one by itself with the same probability (what a user who gives only some of them needs).
-    """
-    x0, noise, normal, drops, blurs = [], [], [], [], []
-    split = given.continuous_bk.shape[1]
-    covariates = given.continuous_bk.shape[1] + given.categorical_bk.shape[1]
-    shape = latents.mean_vbcdhw.shape[2:]
-    for position, index in zip(positions, indices):
-        draw = seeding.generator(config.seed, "imaging.flow", position)
-        view = int(draw.integers(len(latents.mean_vbcdhw)))
-        redrawn = draw.standard_normal(shape, dtype=np.float32)
-        x0.append(latents.mean_vbcdhw[view, index] + latents.deviation_vbcdhw[view, index] * torch.from_numpy(redrawn))
-        noise.append(torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)))
-        normal.append(draw.standard_normal())
-        everything = draw.random() < config.flow.condition_drop
-        drops.append(torch.from_numpy(draw.random(covariates) < config.flow.condition_drop) | bool(everything))
-        blurs.append(torch.from_numpy(draw.standard_normal(split, dtype=np.float32)))
-    t_b = training_times(torch.tensor(normal, dtype=torch.float32), config.flow.time_shift)
-    drop = torch.stack(drops)
-    blur = config.flow.condition_noise * torch.stack(blurs)
-    standardised = latents.standardise(torch.stack(x0))
-    return standardised, torch.stack(noise), t_b, blur, drop[:, :split], drop[:, split:]
+def grid_of(config: ImagingConfig, stage: str, step: int) -> int:
+    """Which of the config's grids global batch `step` is of."""
+    count = len(config.data.grids)
+    return int(seeding.generator(config.seed, f"imaging.grid.{stage}", step).integers(count)) if count > 1 else 0
 
 
-def _new_denoiser(config: ImagingConfig, covariates: list[Covariate]) -> Denoiser:
-    levels = [len(c.levels) for c in covariates if c.kind == "categorical"]
-    continuous = sum(c.kind == "continuous" for c in covariates)
-    return Denoiser(config.flow, config.autoencoder.latent_channels, levels, continuous)
+def moved(x_cdhw: np.ndarray, config: ImagingConfig, position: int) -> np.ndarray:
+    """What the autoencoder sees of a volume: a random crop where the config asks for crops, else a random shift."""
+    crop = config.autoencoder.crop_size
+    if crop is None:
+        return shifted(x_cdhw, random_shift(config.seed, position, config.autoencoder.shift_voxels))
+    draw = seeding.generator(config.seed, "imaging.crop", position)
+    starts = [int(draw.integers(n - c + 1)) for n, c in zip(x_cdhw.shape[1:], crop)]
+    return np.asarray(x_cdhw[(slice(None), *(slice(a, a + c) for a, c in zip(starts, crop)))])
 
 
-def _model_facts(scans: Scans, covariates: list[Covariate]) -> dict[str, Any]:
+def _model_facts(scans_g: list[Scans], known: list[Covariate]) -> dict[str, Any]:
     """What a sampler must know besides weights."""
+    spacing_mm = np.concatenate([scans.spacing_mm for scans in scans_g])
     return {
-        "channels": int(scans.x_bcdhw.shape[1]),
-        "covariates": [c.to_json() for c in covariates],
-        "spacing_mm_low": scans.spacing_mm.min(axis=0).tolist(),
-        "spacing_mm_high": scans.spacing_mm.max(axis=0).tolist(),
-        "spacing_mm": np.median(scans.spacing_mm, axis=0).tolist(),
-        "centre_mm": scans.centre_mm.mean(axis=0).tolist(),
+        "channels": int(scans_g[0].x_bcdhw.shape[1]),
+        "covariates": [c.to_json() for c in known],
+        "spacing_mm_low": spacing_mm.min(axis=0).tolist(),
+        "spacing_mm_high": spacing_mm.max(axis=0).tolist(),
+        "spacing_mm": np.median(scans_g[0].spacing_mm, axis=0).tolist(),
+        "centre_mm": scans_g[0].centre_mm.mean(axis=0).tolist(),
+        "fields": field_of_view.trained_fields([(s.x_bcdhw.shape[2:], s.spacing_mm) for s in scans_g]),
     }
 
 

@@ -66,7 +66,7 @@ def test_guidance_one_is_the_conditional_model_and_zero_ignores_covariates(model
 
 
 def test_field_of_view_outside_training_is_refused_with_the_range(model):
-    with pytest.raises(UsageError, match=r"trained.*\(16, 16, 16\).*2 x 2 x 2.*--force"):
+    with pytest.raises(UsageError, match=r"trained.*size 16 x 16 x 16.*2 x 2 x 2 mm.*extent 32 x.*--force"):
         arrays(model, 1, spacing_mm=(1.0, 1.0, 1.0))
     with pytest.raises(UsageError, match="within what was trained"):
         arrays(model, 1, size=(24, 16, 16))
