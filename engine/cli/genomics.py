@@ -63,19 +63,24 @@ def fit(
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder written by `engine genomics fit`.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many people, over all shards.")],
-    out: Annotated[Path, typer.Option("--out", help="FILE.bcf, FILE.vcf.gz or FILE.pgen.")],
+    out: Annotated[Path, typer.Option("--out", help="FILE.bcf, .vcf.gz, .pgen, .vcz, .haps or .bed.")],
     group: Annotated[
         str | None, typer.Option("--group", help="Only this group; default: groups in the panel's proportions.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the seed of the run's config.")] = None,
     shard: Shard = "0/1",
+    shard_by: Annotated[
+        str, typer.Option("--shard-by", help="people: a file per shard; sites: parts of one file, for large output.")
+    ] = "people",
     json: JsonFlag = False,
 ) -> None:
     """Write synthetic people as phased genotypes."""
     from engine.genomics.commands import sample_command
 
     with progress_bar() as progress:
-        result = sample_command(run, n, group=group, seed=seed, shard=parse_shard(shard), out=out, progress=progress)
+        result = sample_command(
+            run, n, group=group, seed=seed, shard=parse_shard(shard), shard_by=shard_by, out=out, progress=progress
+        )
     emit(result, json)
 
 

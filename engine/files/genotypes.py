@@ -1,13 +1,14 @@
 """`GenotypeData`: what every genotype file is read into and written from, one bit per allele.
 
-The readers and writers of one format each live beside this module. Groups, genetic positions and whatever else a model
-needs are added above, in the genomics room.
+The readers and writers of one format each live beside this module; what the writers share, the grouping of rows into
+records, is here. Groups, genetic positions and whatever else a model needs are added above, in the genomics room.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class GenotypeData:
         contig_length: length in bp of every contig whose length is known.
         assembly: name of the genome build, where stated.
         notes: what a reader had to decide, one sentence each.
+        hemizygous: rows bool (L,) and samples bool (S,) (men on X outside PAR, `engine.files.ploidy`): there these samples have
+            one allele, their first, and their second haplotype is missing. None where there are none.
     """
 
     bits_lw: np.ndarray
@@ -54,6 +57,7 @@ class GenotypeData:
     contig_length: dict[str, int] = field(default_factory=dict)
     assembly: str | None = None
     notes: list[str] = field(default_factory=list)
+    hemizygous: tuple[np.ndarray, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         sites = len(self.position_bp)
@@ -131,38 +135,79 @@ def tail_mask(n: int) -> np.ndarray:
     return mask
 
 
-@dataclass
-class Record:
-    """One output record: its rows [first, last) of the data, one per ALT."""
+@dataclass(frozen=True)
+class Layout:
+    """What a genotype file says apart from its alleles, which come block of sites by block of sites.
 
-    first: int
-    last: int
+    Attributes:
+        head: all sites and samples; its alleles are not looked at (`without_alleles` gives one that holds none).
+        start_r: int64 (R + 1,), record r joins rows start_r[r] .. start_r[r + 1] - 1, one per ALT.
+        header_lines: extra `##key=value` lines.
+        sex: "male", "female" or anything else for unknown, per sample; None where nothing is known.
+    """
+
+    head: GenotypeData
+    start_r: np.ndarray
+    header_lines: tuple[str, ...] = ()
+    sex: list[str] | None = None
+
+    @property
+    def n_records(self) -> int:
+        return len(self.start_r) - 1
 
 
-def records(data: GenotypeData) -> list[Record]:
-    """Rows grouped into records: a complete run of alt_index 1, 2, ... is one record, any other row its own."""
-    made: list[Record] = []
-    at = 0
-    indices = data.alt_index.tolist()
-    while at < data.n_sites:
+@dataclass(frozen=True)
+class Block:
+    """Some records of a file in a row: their rows of `data`, `start_r` of them counted from 0, and the first one's number."""
+
+    data: GenotypeData
+    start_r: np.ndarray
+    first_record: int = 0
+
+
+def without_alleles(n_sites: int, n_haplotypes: int) -> np.ndarray:
+    """bits_lw of the right shape that takes no memory: for the head of a layout."""
+    return np.broadcast_to(np.uint64(0), (n_sites, bits.words(n_haplotypes)))
+
+
+def rows(data: GenotypeData, first: int, stop: int, bits_lw: np.ndarray | None = None) -> GenotypeData:
+    """Rows first .. stop-1 of `data`, views; with `bits_lw` (stop - first, W) in place of its alleles, nothing missing."""
+    cut = slice(first, stop)
+    missing_lw = None if data.missing_lw is None or bits_lw is not None else data.missing_lw[cut]
+    return replace(
+        data,
+        bits_lw=data.bits_lw[cut] if bits_lw is None else bits_lw,
+        missing_lw=missing_lw if missing_lw is not None and missing_lw.any() else None,
+        contig=data.contig[cut], position_bp=data.position_bp[cut], id=data.id[cut], ref=data.ref[cut],
+        alt=data.alt[cut], alt_index=data.alt_index[cut],
+        hemizygous=None if data.hemizygous is None else (data.hemizygous[0][cut], data.hemizygous[1]),
+    )  # fmt: skip
+
+
+def record_starts(data: GenotypeData) -> np.ndarray:
+    """Rows grouped into records: a complete run of alt_index 1, 2, ... is one record, any other row its own.
+
+    A run stays split where a haplotype carries two of its ALT alleles or its rows do not miss the same genotypes.
+
+    Returns:
+        int64 (R + 1,), first row of each record, and L.
+    """
+    starts = np.ones(data.n_sites + 1, dtype=bool)
+    indices = data.alt_index
+    for at in np.flatnonzero(indices[:-1] == 1).tolist():
         end = at + 1
-        if indices[at] == 1:
-            while (
-                end < data.n_sites
-                and indices[end] == indices[end - 1] + 1
-                and data.position_bp[end] == data.position_bp[at]
-                and data.contig[end] == data.contig[at]
-                and data.ref[end] == data.ref[at]
-                and data.id[end] == data.id[at]
-            ):
-                end += 1
-            if end - at > MAX_ALTS or not _can_join(data, at, end):
-                made.extend(Record(k, k + 1) for k in range(at, end))
-                at = end
-                continue
-        made.append(Record(at, end))
-        at = end
-    return made
+        while (
+            end < data.n_sites
+            and indices[end] == indices[end - 1] + 1
+            and data.position_bp[end] == data.position_bp[at]
+            and data.contig[end] == data.contig[at]
+            and data.ref[end] == data.ref[at]
+            and data.id[end] == data.id[at]
+        ):
+            end += 1
+        if 1 < end - at <= MAX_ALTS and _can_join(data, at, end):
+            starts[at + 1 : end] = False
+    return np.flatnonzero(starts).astype(np.int64)
 
 
 def _can_join(data: GenotypeData, first: int, last: int) -> bool:
@@ -170,45 +215,65 @@ def _can_join(data: GenotypeData, first: int, last: int) -> bool:
     alts = data.alt[first:last].tolist()
     if "." in alts or len(set(alts)) != len(alts):
         return False
-    rows = data.bits_lw[first:last]
-    union = np.bitwise_or.reduce(rows, axis=0)
-    if int(bits.popcount_rows(rows).sum()) != int(np.bitwise_count(union).sum()):
+    bits_rw = data.bits_lw[first:last]
+    union = np.bitwise_or.reduce(bits_rw, axis=0)
+    if int(bits.popcount_rows(bits_rw).sum()) != int(np.bitwise_count(union).sum()):
         return False
     return data.missing_lw is None or bool((data.missing_lw[first:last] == data.missing_lw[first]).all())
 
 
 @dataclass
 class JoinedBlock:
-    """Records with their alleles uint8 (B, N): 0 = REF, k = k-th ALT, 255 = missing; and counts per record."""
+    """B records: `start_b` int64 (B + 1,) rows of the data; alleles uint8 (B, N): 0 = REF, k = k-th ALT, 255 = missing.
 
-    records: list[Record]
+    called_b int64 (B,) called alleles; row_count int64, carriers of the ALT of each row from start_b[0] on.
+    """
+
+    start_b: np.ndarray
     allele_bn: np.ndarray
     called_b: np.ndarray
     row_count: np.ndarray
 
 
-def joined_blocks(data: GenotypeData) -> Iterator[JoinedBlock]:
-    """The records of `data` with unpacked alleles, a bounded number at a time; what every writer walks through."""
+def joined_blocks(data: GenotypeData, start_r: np.ndarray) -> Iterator[JoinedBlock]:
+    """The records of `data` (as of `record_starts`) with unpacked alleles, a bounded number at a time."""
     n = data.n_haplotypes
     limit = max(1, _JOINED_BYTES // max(1, n))
-    todo = records(data)
-    for start in range(0, len(todo), limit):
-        chosen = todo[start : start + limit]
-        first, last = chosen[0].first, chosen[-1].last
-        heads = np.array([record.first for record in chosen]) - first
+    for begin in range(0, len(start_r) - 1, limit):
+        start_b = start_r[begin : begin + limit + 1]
+        first, last, head_b = int(start_b[0]), int(start_b[-1]), start_b[:-1] - start_b[0]
         allele_ln = bits.unpack(data.bits_lw[first:last], n)
         row_count = bits.popcount_rows(data.bits_lw[first:last])
-        if last - first == len(chosen):
-            allele_bn = allele_ln
-        else:
-            allele_bn = allele_ln[heads]
-            for k, record in enumerate(chosen):
-                for alt in range(1, record.last - record.first):
-                    allele_bn[k] += (alt + 1) * allele_ln[record.first - first + alt]
-        called_b = np.full(len(chosen), n, dtype=np.int64)
+        allele_bn = allele_ln
+        if last - first != len(head_b):
+            allele_bn = allele_ln[head_b]
+            for k in np.flatnonzero(np.diff(start_b) > 1).tolist():
+                for alt in range(1, int(start_b[k + 1] - start_b[k])):
+                    allele_bn[k] += np.uint8(alt + 1) * allele_ln[head_b[k] + alt]
+        called_b = np.full(len(head_b), n, dtype=np.int64)
         if data.missing_lw is not None:
-            missing_bw = data.missing_lw[first:last][heads]
+            missing_bw = data.missing_lw[first:last][head_b]
             called_b -= bits.popcount_rows(missing_bw)
             if (called_b < n).any():
                 allele_bn[bits.unpack(missing_bw, n).astype(bool)] = 255
-        yield JoinedBlock(chosen, allele_bn, called_b, row_count)
+        yield JoinedBlock(start_b, allele_bn, called_b, row_count)
+
+
+def contig_names(data: GenotypeData) -> list[str]:
+    """Contigs of the header: those of known length first, then what else the sites name, in order."""
+    return [*data.contig_length, *(c for c in dict.fromkeys(data.contig.tolist()) if c not in data.contig_length)]
+
+
+def build_name(data: GenotypeData) -> str | None:
+    """The assembly as one word that a header line can hold."""
+    return re.sub(r"[\s,<>\"=]+", "_", data.assembly) if data.assembly else None
+
+
+def contig_lines(data: GenotypeData) -> list[str]:
+    """##reference, where the assembly is known, and ##contig with what is known of each."""
+    build = build_name(data)
+    lines = [f"##reference={build}"] if build else []
+    for name in contig_names(data):
+        length = f",length={data.contig_length[name]}" if name in data.contig_length else ""
+        lines.append(f"##contig=<ID={name}{length}{f',assembly={build}' if build else ''}>")
+    return lines

@@ -1,4 +1,4 @@
-"""PLINK 2 filesets (.pgen, .pvar, .psam): phased hardcalls in and out with pgenlib.
+"""PLINK 2 filesets (.pgen, .pvar, .psam): phased hardcalls, read with pgenlib and written by `pgen_write`.
 
 A PGEN has no ploidy of its own: a haploid call is stored as a homozygote. As PLINK does, samples of SEX 1 are read as
 haploid on X and Y, and all samples on MT, unless one of their calls there is heterozygous; and haploid samples are written
@@ -8,8 +8,10 @@ on these contigs only. The pseudo-autosomal regions of X are contigs of their ow
 from __future__ import annotations
 
 import re
+import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numba
@@ -19,14 +21,16 @@ import pgenlib
 from engine import __version__
 from engine.atomic import atomic_path
 from engine.errors import InputError, UsageError
-from engine.files import genotypes, vcf_header
+from engine.files import genotypes, pgen_write, vcf_header
 from engine.files.genetic_map import plain_contig
-from engine.files.genotypes import GenotypeData
+from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.kernels import bits
 
 _BLOCK_BYTES = 48 << 20  # int32 alleles held at one time
+_COPY_BYTES = 16 << 20
 _MAX_LINE = 1 << 24
-_MISSING = -9
+_ONE = np.uint64(1)
+_ONE = np.uint64(1)
 
 
 def read_pgen(path: str | Path, *, region: str | None = None) -> GenotypeData:
@@ -102,8 +106,10 @@ def _read_calls(
 ) -> tuple[np.ndarray, np.ndarray | None, bool, np.ndarray]:
     """Bits and missing plane (None where nothing is missing) of the kept variants, diploid; phase; who has a het call."""
     offsets = np.concatenate([[0], np.cumsum(counts + 1)]).astype(np.uintp)
-    planes, missing, phased, het_s = [], [], True, np.zeros(samples, dtype=bool)
-    limit = max(1, _BLOCK_BYTES // max(1, 8 * samples))
+    phased, het_s = True, np.zeros(samples, dtype=bool)
+    bits_lw = np.empty((int(counts[keep].sum()), bits.words(2 * samples)), dtype=np.uint64)
+    missing_lw: np.ndarray | None = None
+    limit, row = max(1, _BLOCK_BYTES // max(1, 8 * samples)), 0
     if len(keep):
         reader = pgenlib.PgenReader(
             str(pgen).encode(), raw_sample_ct=samples, variant_ct=len(counts), allele_idx_offsets=offsets
@@ -117,16 +123,16 @@ def _read_calls(
                 reader.read_alleles_and_phasepresent_range(start, stop, allele_bn, phase_bs)
                 if allele_bn.size and int((allele_bn.max(axis=1) - counts[start:stop]).max()) > 0:
                     raise ValueError("an allele number beyond ALT")
-                rows = int(counts[start:stop].sum())
-                planes.append(np.empty((rows, bits.words(2 * samples)), dtype=np.uint64))
-                missing.append(np.empty_like(planes[-1]))
-                phased &= bool(_pack_calls(allele_bn, phase_bs, counts[start:stop], planes[-1], missing[-1], het_s))
+                end = row + int(counts[start:stop].sum())
+                lost_rw = np.empty((end - row, bits_lw.shape[1]), dtype=np.uint64)
+                phased &= bool(_pack_calls(allele_bn, phase_bs, counts[start:stop], bits_lw[row:end], lost_rw, het_s))
+                if lost_rw.any():
+                    missing_lw = np.zeros_like(bits_lw) if missing_lw is None else missing_lw
+                    missing_lw[row:end] = lost_rw
+                row = end
         finally:
             reader.close()
-    empty = np.zeros((0, bits.words(2 * samples)), dtype=np.uint64)
-    bits_lw = np.concatenate(planes) if planes else empty
-    missing_lw = np.concatenate(missing) if missing else empty
-    return bits_lw, missing_lw if missing_lw.any() else None, phased, het_s
+    return bits_lw, missing_lw, phased, het_s
 
 
 @numba.njit(cache=True, nogil=True)
@@ -256,82 +262,116 @@ def write_pgen(
         InputError: no samples or sites; a haploid sample outside X, Y and MT; a genotype of which one allele is missing; a
             name with blanks: a PGEN cannot hold them.
     """
-    path = Path(path)
+    from engine.files.genotype_files import write_genotypes
+
+    if Path(path).suffix != ".pgen":
+        raise UsageError("a path ending in .pgen", Path(path).name, "write_pgen")
+    write_genotypes(path, data, header_lines=header_lines, sex=sex)
+
+
+def check(path: str | Path, layout: Layout) -> None:
+    """Raise what `write_pgen` raises, before anything is written; half-missing genotypes are found on the way."""
+    path, head = Path(path), layout.head
     if path.suffix != ".pgen":
         raise UsageError("a path ending in .pgen", path.name, "write_pgen")
-    if any(re.fullmatch(r"##[^=\s]+=\S.*", line) is None for line in header_lines):
-        raise UsageError("extra header lines ##key=value", repr(list(header_lines)[:1]), "write_pgen")
-    if not data.n_sites or not data.sample_ids:
-        raise InputError("at least one site and one sample", f"{data.n_sites} x {len(data.sample_ids)}", path)
-    genotypes.check_sorted(data.contig, data.position_bp, path)
-    bad = next((name for name in data.sample_ids if re.search(r"\s", name) or name in ("", "0")), None)
-    if bad is not None or len(set(data.sample_ids)) != len(data.sample_ids):
-        raise InputError("distinct sample names without blanks, not '0'", repr(bad or "one twice"), path)
-    haploid_s = np.diff(data.haplotypes_of_sample) == 1
-    places = {plain_contig(each) for each in np.unique(data.contig).tolist()}
+    if any(re.fullmatch(r"##[^=\s]+=\S.*", line) is None for line in layout.header_lines):
+        raise UsageError("extra header lines ##key=value", repr(list(layout.header_lines)[:1]), "write_pgen")
+    check_names(head, path)
+    haploid_s = np.diff(head.haplotypes_of_sample) == 1
+    places = {plain_contig(each) for each in np.unique(head.contig).tolist()}
     if haploid_s.any() and not (places <= {"X", "Y", "24"} or places <= {"MT", "M", "26"}):
-        name = data.sample_ids[int(np.flatnonzero(haploid_s)[0])]
+        name = head.sample_ids[int(np.flatnonzero(haploid_s)[0])]
         raise InputError("diploid samples outside X, Y, MT", f"haploid '{name}'", path, "BCF, which keeps ploidy")
-    records = genotypes.records(data)
+
+
+def check_names(head: GenotypeData, path: Path) -> None:
+    """Raise InputError unless there are samples and sites, with names that a file of columns can hold, in order."""
+    if not head.n_sites or not head.sample_ids:
+        raise InputError("at least one site and one sample", f"{head.n_sites} x {len(head.sample_ids)}", path)
+    genotypes.check_sorted(head.contig, head.position_bp, path)
+    bad = next((name for name in head.sample_ids if re.search(r"\s", name) or name in ("", "0")), None)
+    if bad is not None or len(set(head.sample_ids)) != len(head.sample_ids):
+        raise InputError("distinct sample names without blanks, not '0'", repr(bad or "one twice"), path)
+
+
+def as_diploid(data: GenotypeData) -> GenotypeData:
+    """Every sample with two haplotypes at every row: the allele of who has one stands twice."""
+    haploid_s = np.diff(data.haplotypes_of_sample) == 1
+    if haploid_s.any():
+        first = data.haplotypes_of_sample[:-1]
+        column = np.stack([first, first + ~haploid_s], axis=1).ravel()
+        take = lambda plane: genotypes.take_haplotypes(plane, data.n_haplotypes, column)  # noqa: E731
+        data = replace(
+            data, bits_lw=take(data.bits_lw), missing_lw=None if data.missing_lw is None else take(data.missing_lw),
+            n_haplotypes=len(column), haplotypes_of_sample=2 * np.arange(len(first) + 1),
+        )  # fmt: skip
+    if data.hemizygous is None or data.missing_lw is None:
+        return data
+    rows_l, alone_s = data.hemizygous
+    first_w = bits.pack(np.stack([alone_s, np.zeros_like(alone_s)], axis=1).reshape(1, -1))[0]
+    planes = [data.bits_lw.copy(), data.missing_lw.copy()]
+    for plane_lw in planes:
+        plane_lw[rows_l] &= ~(first_w << _ONE)
+        plane_lw[rows_l] |= (plane_lw[rows_l] & first_w) << _ONE
+    return replace(data, bits_lw=planes[0], missing_lw=planes[1] if planes[1].any() else None, hemizygous=None)
+
+
+def write_part(path: str | Path, layout: Layout, blocks: Iterable[Block], place: Path) -> None:
+    """Write to `place` the records of these blocks, and their types and lengths beside."""
+    types, lengths = [np.zeros(0, np.uint8)], [np.zeros(0, np.uint32)]
+    with atomic_path(place) as partial:
+        with open(partial, "wb") as stream:
+            for block in blocks:
+                for body, type_r, length_r in pgen_write.encoded(as_diploid(block.data), block.start_r):
+                    stream.write(body)
+                    types.append(type_r)
+                    lengths.append(length_r)
+        with atomic_path(_index_of(place)) as partial_index, open(partial_index, "wb") as stream:
+            np.save(stream, np.stack([np.concatenate(types).astype(np.uint32), np.concatenate(lengths)]))
+
+
+def _index_of(place: Path) -> Path:
+    return place.with_name(place.name + ".index")
+
+
+def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None:
+    """Write the fileset from the parts of all its records, in order; raises as `write_pgen`."""
+    path, head = Path(path), layout.head
     base = path.with_suffix("")
-    pvar, psam = base.with_name(base.name + ".pvar"), base.with_name(base.name + ".psam")
-    with atomic_path(psam) as partial_psam, atomic_path(pvar) as partial_pvar, atomic_path(path) as partial:
-        _write_calls(partial, path, data, records, haploid_s)
-        _write_pvar(partial_pvar, data, records, header_lines)
-        is_male = haploid_s & (not places <= {"MT", "M", "26"})
-        given = ["unknown"] * len(haploid_s) if sex is None else list(sex)
-        codes = ["1" if m else {"male": "1", "female": "2"}.get(str(s), "NA") for m, s in zip(is_male, given)]
-        rows = ["#IID\tSEX", *(f"{name}\t{code}" for name, code in zip(data.sample_ids, codes))]
-        partial_psam.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    types_r, length_r = np.concatenate([np.load(_index_of(place)) for place in places], axis=1)
+    with (
+        atomic_path(base.with_name(base.name + ".psam")) as partial_psam,
+        atomic_path(base.with_name(base.name + ".pvar")) as partial_pvar,
+        atomic_path(path) as partial,
+    ):
+        with open(partial, "wb") as stream:
+            alleles_r = np.diff(layout.start_r) + 1
+            stream.write(pgen_write.header(types_r, length_r, alleles_r, len(head.sample_ids)))
+            for place in places:
+                with open(place, "rb") as source:
+                    shutil.copyfileobj(source, stream, _COPY_BYTES)
+        _write_pvar(partial_pvar, layout)
+        haploid_s = np.diff(head.haplotypes_of_sample) == 1
+        places_here = {plain_contig(each) for each in np.unique(head.contig).tolist()}
+        is_male = haploid_s & (not places_here <= {"MT", "M", "26"})
+        if head.hemizygous is not None:
+            is_male |= head.hemizygous[1]
+        if head.hemizygous is not None:
+            is_male |= head.hemizygous[1]
+        given = ["unknown"] * len(haploid_s) if layout.sex is None else layout.sex
+        codes = ["1" if m else {"male": "1", "female": "2"}.get(s, "NA") for m, s in zip(is_male.tolist(), given)]
+        lines = ["#IID\tSEX", *(f"{name}\t{code}" for name, code in zip(head.sample_ids, codes))]
+        partial_psam.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_calls(
-    partial: Path, path: Path, data: GenotypeData, records: list[genotypes.Record], haploid_s: np.ndarray
-) -> None:
-    first = data.haplotypes_of_sample[:-1]
-    column = np.stack([first, first + ~haploid_s], axis=1).ravel()  # a haploid allele stands twice
-    most = 1 + max(record.last - record.first for record in records)
-    writer = pgenlib.PgenWriter(
-        str(partial).encode(),
-        len(data.sample_ids),
-        variant_ct=len(records),
-        allele_ct_limit=max(2, most),
-        nonref_flags=False,
-        hardcall_phase_present=bool(data.phased),
-    )
-    try:
-        for block in genotypes.joined_blocks(data):
-            allele_bn = np.ascontiguousarray(block.allele_bn[:, column].astype(np.int32))
-            allele_bn[allele_bn == 255] = _MISSING
-            half = (allele_bn[:, 0::2] < 0) != (allele_bn[:, 1::2] < 0)
-            if half.any():
-                k, s = np.argwhere(half)[0]
-                at = block.records[k].first
-                raise InputError(
-                    "genotypes called or missing as a whole",
-                    f"one allele of {data.sample_ids[s]} missing",
-                    f"{path}, {data.contig[at]}:{data.position_bp[at]}",
-                    "BCF, which holds half-called genotypes",
-                )
-            for k, record in enumerate(block.records):
-                writer.append_alleles(allele_bn[k], all_phased=data.phased, allele_ct=1 + record.last - record.first)
-        writer.close()
-    except InputError:
-        del writer  # an unfinished file cannot be closed in order
-        raise
-
-
-def _write_pvar(partial: Path, data: GenotypeData, records: list[genotypes.Record], extra: Sequence[str]) -> None:
-    build = re.sub(r"[\s,<>\"=]+", "_", data.assembly) if data.assembly else None
-    names = [*data.contig_length, *(c for c in dict.fromkeys(data.contig.tolist()) if c not in data.contig_length)]
-    lines = ["##fileformat=VCFv4.3", f"##source=engine {__version__}", *([f"##reference={build}"] if build else [])]
-    for name in names:
-        length = f",length={data.contig_length[name]}" if name in data.contig_length else ""
-        lines.append(f"##contig=<ID={name}{length}{f',assembly={build}' if build else ''}>")
-    lines += [*extra, "#CHROM\tPOS\tID\tREF\tALT"]
+def _write_pvar(partial: Path, layout: Layout) -> None:
+    head = layout.head
+    lines = ["##fileformat=VCFv4.3", f"##source=engine {__version__}", *genotypes.contig_lines(head)]
+    lines += [*layout.header_lines, "#CHROM\tPOS\tID\tREF\tALT"]
+    first_r, stop_r = layout.start_r[:-1].tolist(), layout.start_r[1:].tolist()
+    position_l = head.position_bp.tolist()
     with open(partial, "w", encoding="utf-8") as stream:
         stream.write("\n".join(lines) + "\n")
-        for record in records:
-            at = record.first
-            alt = ",".join(data.alt[at : record.last].tolist())
-            stream.write(f"{data.contig[at]}\t{data.position_bp[at]}\t{data.id[at]}\t{data.ref[at]}\t{alt}\n")
+        for at, stop in zip(first_r, stop_r):
+            alt = head.alt[at] if stop == at + 1 else ",".join(head.alt[at:stop].tolist())
+            stream.write(f"{head.contig[at]}\t{position_l[at]}\t{head.id[at]}\t{head.ref[at]}\t{alt}\n")

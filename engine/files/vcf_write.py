@@ -1,16 +1,22 @@
 """Write packed bits as BCF or bgzipped VCF with an index, whole or absent, block of sites by block of sites.
 
 The genotypes of a block are laid out as one byte matrix; only the few bytes before them are made record by record.
-Compression is pysam's BGZF, the index is bcftools' (both htslib). Layouts: VCF 4.3 specification, sections 1 and 6.
+Compression is in `bgzf_write`, the index is bcftools' (htslib). A file may be written in parts, which are whole BGZF blocks and
+are joined by copying. Layouts: VCF 4.3 specification, sections 1 and 6.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import pysam
 import pysam.bcftools
@@ -19,11 +25,14 @@ from engine import __version__
 from engine.atomic import atomic_path
 from engine.errors import InputError, UsageError
 from engine.files import genotypes
-from engine.files.genotypes import GenotypeData
+from engine.files.bgzf import EOF_BLOCK
+from engine.files.bgzf_write import compressed
+from engine.files.genotypes import Block, GenotypeData, Layout
 
 _TBI_LIMIT = 2**29  # the .tbi index ends here; longer contigs get a .csi
 _OWN_KEYS = ("##fileformat", "##contig", "##INFO", "##FORMAT", "##FILTER", "#CHROM")
 _MISSING_FLOAT = struct.pack("<I", 0x7F800001)
+_COPY_BYTES = 16 << 20
 
 
 def write_vcf(
@@ -50,53 +59,67 @@ def write_vcf(
         UsageError: another suffix, or a header line that is no `##key=value` or would define a contig, INFO, FORMAT, FILTER.
         InputError: unsorted sites, or an allele, ID, contig or sample name that the format cannot hold, with the site.
     """
-    path = Path(path)
-    if not path.name.endswith((".bcf", ".vcf.gz")):
-        raise UsageError("a path ending in .bcf or .vcf.gz", path.name, "write_vcf")
-    is_bcf = path.name.endswith(".bcf")
-    lengths = dict(data.contig_length if contigs is None else contigs)
-    _check(data, path)
-    names = [*lengths, *(name for name in dict.fromkeys(data.contig.tolist()) if name not in lengths)]
-    header = _header(data, header_lines, names, lengths, assembly or data.assembly)
-    furthest = max([*lengths.values(), int(data.position_bp.max(initial=0))], default=0)
-    suffix = ".csi" if is_bcf or furthest >= _TBI_LIMIT else ".tbi"
-    index_path = path.with_name(path.name + suffix)
-    with atomic_path(index_path) as partial_index, atomic_path(path) as partial:
-        with pysam.BGZFile(str(partial), "wb", None) as stream:
-            if is_bcf:
-                text = header.encode() + b"\0"
-                stream.write(b"BCF\2\2" + struct.pack("<I", len(text)) + text)
-                _write_blocks_bcf(stream, data, {name: k for k, name in enumerate(names)})
-            else:
-                stream.write(header.encode())
-                _write_blocks_text(stream, data)
-        flag = "-c" if suffix == ".csi" else "-t"
+    head = replace(
+        data,
+        contig_length=data.contig_length if contigs is None else dict(contigs),
+        assembly=assembly or data.assembly,
+    )
+    layout = Layout(head, np.zeros(1, np.int64), tuple(header_lines))
+    check(path, layout)
+    layout = replace(layout, start_r=genotypes.record_starts(data))
+    _write(Path(path), layout, compressed(_encoded(Path(path), layout, [Block(data, layout.start_r)])))
+
+
+def write_part(
+    path: str | Path, layout: Layout, blocks: Iterable[tuple[GenotypeData, np.ndarray]], place: Path
+) -> None:
+    """Write to `place` what stands in `path` of these blocks: data of some rows, and their `record_starts` from 0."""
+    with atomic_path(place) as partial, open(partial, "wb") as stream:
+        stream.writelines(compressed(_encoded(Path(path), layout, blocks)))
+
+
+def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None:
+    """Write `path` from the parts of all its records, in order; raises as `write_vcf`."""
+    _write(Path(path), layout, places)
+
+
+def _write(path: Path, layout: Layout, bodies: Iterable[bytes | Path]) -> None:
+    """Header, then BGZF blocks or files of them, then the index."""
+    head = layout.head
+    text = header_text(head, layout.header_lines).encode()
+    if is_bcf(path):
+        text = b"BCF\2\2" + struct.pack("<I", len(text) + 1) + text + b"\0"
+    furthest = max([*head.contig_length.values(), int(head.position_bp.max(initial=0))], default=0)
+    suffix = ".csi" if is_bcf(path) or furthest >= _TBI_LIMIT else ".tbi"
+    with atomic_path(path.with_name(path.name + suffix)) as partial_index, atomic_path(path) as partial:
+        with open(partial, "wb") as stream:
+            for body in chain(compressed([text]), bodies, [EOF_BLOCK]):
+                if isinstance(body, Path):
+                    with open(body, "rb") as source:
+                        shutil.copyfileobj(source, stream, _COPY_BYTES)
+                else:
+                    stream.write(body)
+        options = ["-c" if suffix == ".csi" else "-t", "-f", "-o", str(partial_index)]
         try:
-            pysam.bcftools.index(flag, "-f", "-o", str(partial_index), str(partial))
+            pysam.bcftools.index(*options, "--threads", str(numba.get_num_threads()), str(partial))
         except pysam.SamtoolsError as fault:
             raise InputError("a file that can be indexed", str(fault), path) from None
         for old in (".csi", ".tbi"):
             path.with_name(path.name + old).unlink(missing_ok=True)
 
 
-def _header(
-    data: GenotypeData, extra: Sequence[str], names: list[str], lengths: Mapping[str, int], assembly: str | None
-) -> str:
-    for line in extra:
-        if re.fullmatch(r"##[^=\s]+=\S.*", line) is None or line.startswith(_OWN_KEYS):
-            raise UsageError("an extra header line ##key=value", repr(line[:80]), "write_vcf")
-    build = re.sub(r"[\s,<>\"=]+", "_", assembly) if assembly else None
+def is_bcf(path: Path) -> bool:
+    """BCF by its name; else bgzipped VCF."""
+    return path.name.endswith(".bcf")
+
+
+def header_text(head: GenotypeData, extra: Sequence[str]) -> str:
+    """The header up to and with #CHROM, each line ended."""
     lines = [
         "##fileformat=VCFv4.3",
         '##FILTER=<ID=PASS,Description="All filters passed">',
         f"##source=engine {__version__}",
-    ]
-    if build:
-        lines.append(f"##reference={build}")
-    for name in names:
-        length = f",length={lengths[name]}" if name in lengths else ""
-        lines.append(f"##contig=<ID={name}{length}{f',assembly={build}' if build else ''}>")
-    lines += [
+        *genotypes.contig_lines(head),
         '##INFO=<ID=AC,Number=A,Type=Integer,Description="Allele count in genotypes, for each ALT allele">',
         '##INFO=<ID=AN,Number=1,Type=Integer,Description="Total number of alleles in called genotypes">',
         '##INFO=<ID=AF,Number=A,Type=Float,Description="Allele frequency, for each ALT allele">',
@@ -104,13 +127,19 @@ def _header(
         *extra,
     ]
     columns = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO"]
-    if data.sample_ids:
-        columns += ["FORMAT", *data.sample_ids]
+    if head.sample_ids:
+        columns += ["FORMAT", *head.sample_ids]
     return "\n".join([*lines, "\t".join(columns)]) + "\n"
 
 
-def _check(data: GenotypeData, path: Path) -> None:
-    """What the format cannot hold, before anything is written."""
+def check(path: str | Path, layout: Layout) -> None:
+    """Raise what `write_vcf` raises, before anything is written."""
+    path, data = Path(path), layout.head
+    if not path.name.endswith((".bcf", ".vcf.gz")):
+        raise UsageError("a path ending in .bcf or .vcf.gz", path.name, "write_vcf")
+    for line in layout.header_lines:
+        if re.fullmatch(r"##[^=\s]+=\S.*", line) is None or line.startswith(_OWN_KEYS):
+            raise UsageError("an extra header line ##key=value", repr(line[:80]), "write_vcf")
     genotypes.check_sorted(data.contig, data.position_bp, path)
     if data.n_sites and (data.position_bp.min() < 0 or data.position_bp.max() > 2**31 - 2):
         raise InputError(
@@ -145,7 +174,22 @@ def _pairs(data: GenotypeData) -> tuple[np.ndarray, np.ndarray]:
     return first, np.diff(data.haplotypes_of_sample) == 2
 
 
-def _write_blocks_bcf(stream: pysam.BGZFile, data: GenotypeData, contig_index: Mapping[str, int]) -> None:
+def _encoded(path: Path, layout: Layout, blocks: Iterable[Block]) -> Iterator[Any]:
+    """The records of all blocks, as pieces of bytes to be compressed."""
+    contig_index = {name: k for k, name in enumerate(genotypes.contig_names(layout.head))}
+    for block in blocks:
+        if is_bcf(path):
+            yield from _records_bcf(block.data, block.start_r, contig_index)
+        else:
+            yield from _records_text(block.data, block.start_r)
+
+
+def _is_plain(data: GenotypeData) -> bool:
+    """Every sample diploid, nothing missing, all phased: what generators make, and what is laid out fastest."""
+    return bool(data.phased and data.missing_lw is None and data.n_haplotypes == 2 * len(data.sample_ids))
+
+
+def _records_bcf(data: GenotypeData, start_r: np.ndarray, contig_index: Mapping[str, int]) -> Iterator[Any]:
     """Dictionary of strings, in order of the header: PASS 0, AC 1, AN 2, AF 3, GT 4."""
     first, second = _pairs(data)
     samples = len(first)
@@ -153,29 +197,32 @@ def _write_blocks_bcf(stream: pysam.BGZFile, data: GenotypeData, contig_index: M
     # (allele + 1) << 1 | phase; 0 = missing; the phase stands at the second allele (section 6.3.3)
     code = np.zeros(256, dtype=np.uint8)
     code[: genotypes.MAX_ALTS + 1] = (np.arange(genotypes.MAX_ALTS + 1) + 1) << 1
+    plain_n = np.resize(np.array([2, 3], dtype=np.uint8), data.n_haplotypes)
     head = b"\x11\x04" + bytes([ploidy << 4 | 1])
-    row = 0
-    for block in genotypes.joined_blocks(data):
-        rows = len(block.records)
-        coded_bn = code[block.allele_bn]
-        gt_bsp = np.full((rows, samples, ploidy), 0x81, dtype=np.uint8)  # end of vector: a haploid call
-        gt_bsp[:, :, 0] = coded_bn[:, first]
-        if ploidy == 2:
-            one, two = gt_bsp[:, :, 0][:, second], coded_bn[:, first[second] + 1]
-            gt_bsp[:, second, 1] = two | _phase(one, two, 0, data.phased)
-        body = gt_bsp.reshape(rows, -1)
-        parts: list[bytes] = []
-        for k, record in enumerate(block.records):
-            shared = _shared(data, record, contig_index, int(block.called_b[k]), block.row_count, row, samples)
-            row += record.last - record.first
-            individual = len(head) + body.shape[1] if samples else 0
-            parts.append(struct.pack("<II", len(shared), individual))
-            parts.append(shared)
+    for block in genotypes.joined_blocks(data, start_r):
+        records = len(block.start_b) - 1
+        if _is_plain(data):
+            body = block.allele_bn
+            body <<= np.uint8(1)
+            body += plain_n
+        else:
+            coded_bn = code[block.allele_bn]
+            gt_bsp = np.full((records, samples, ploidy), 0x81, dtype=np.uint8)  # end of vector: a haploid call
+            gt_bsp[:, :, 0] = coded_bn[:, first]
+            if ploidy == 2:
+                one, two = gt_bsp[:, :, 0][:, second], coded_bn[:, first[second] + 1]
+                gt_bsp[:, second, 1] = two | _phase(one, two, 0, data.phased)
+            if data.hemizygous is not None:
+                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], [1])] = 0x81
+            if data.hemizygous is not None:
+                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], [1])] = 0x81
+            body = gt_bsp.reshape(records, -1)
+        individual = len(head) + body.shape[1] if samples else 0
+        for k in range(records):
+            shared = _shared(data, block, k, contig_index, samples)
+            yield struct.pack("<II", len(shared), individual) + shared + (head if samples else b"")
             if samples:
-                parts.append(head)
-                parts.append(body[k].tobytes())
-        stream.write(b"".join(parts))
-        row = 0
+                yield body[k]
 
 
 def _phase(one: np.ndarray, two: np.ndarray, missing: int, phased: bool) -> np.ndarray:
@@ -194,17 +241,12 @@ def _text_value(text: str) -> bytes:
 
 
 def _shared(
-    data: GenotypeData,
-    record: genotypes.Record,
-    contig_index: Mapping[str, int],
-    called: int,
-    row_count: np.ndarray,
-    row: int,
-    samples: int,
+    data: GenotypeData, block: genotypes.JoinedBlock, k: int, contig_index: Mapping[str, int], samples: int
 ) -> bytes:
-    at = record.first
-    alts = [] if data.alt[at] == "." else data.alt[at : record.last].tolist()
-    counts = row_count[row : row + len(alts)]
+    at, stop, called = int(block.start_b[k]), int(block.start_b[k + 1]), int(block.called_b[k])
+    alts = [] if data.alt[at] == "." else data.alt[at:stop].tolist()
+    first_row = at - int(block.start_b[0])
+    counts = block.row_count[first_row : first_row + len(alts)]
     n_info = 3 if alts else 1
     parts = [
         struct.pack("<iii", contig_index[data.contig[at]], int(data.position_bp[at]) - 1, len(data.ref[at])),
@@ -219,16 +261,12 @@ def _shared(
         parts.append(b"\x11\x01" + bytes([len(alts) << 4 | 3]) + counts.astype("<i4").tobytes())
     parts.append(b"\x11\x02\x13" + struct.pack("<i", called))
     if alts:
-        share = _frequency(counts, called).astype("<f4").tobytes() if called else _MISSING_FLOAT * len(alts)
+        share = (counts / called).astype("<f4").tobytes() if called else _MISSING_FLOAT * len(alts)
         parts.append(b"\x11\x03" + bytes([len(alts) << 4 | 5]) + share)
     return b"".join(parts)
 
 
-def _frequency(counts: np.ndarray, called: int) -> np.ndarray:
-    return counts / called
-
-
-def _write_blocks_text(stream: pysam.BGZFile, data: GenotypeData) -> None:
+def _records_text(data: GenotypeData, start_r: np.ndarray) -> Iterator[Any]:
     first, second = _pairs(data)
     samples = len(first)
     # every sample has "a|b<TAB>" or "a<TAB>", so that all rows are equally long and columns are fixed
@@ -238,32 +276,54 @@ def _write_blocks_text(stream: pysam.BGZFile, data: GenotypeData) -> None:
     code = np.full(256, ord("."), dtype=np.uint8)
     code[: genotypes.MAX_ALTS + 1] = np.arange(genotypes.MAX_ALTS + 1) + ord("0")
     separators = np.array([ord("/"), ord("|")], dtype=np.uint8)
-    for block in genotypes.joined_blocks(data):
-        rows = len(block.records)
-        text_bt = np.full((rows, length), ord("\t"), dtype=np.uint8)
-        coded_bn = code[block.allele_bn]
-        text_bt[:, start_s] = coded_bn[:, first]
-        if second.any():
-            one, two = coded_bn[:, first[second]], coded_bn[:, first[second] + 1]
-            text_bt[:, start_s[second] + 1] = separators[_phase(one, two, ord("."), data.phased)]
-            text_bt[:, start_s[second] + 2] = two
+    for block in genotypes.joined_blocks(data, start_r):
+        records = len(block.start_b) - 1
+        if _is_plain(data):
+            text_bt = _pair_text()[block.allele_bn.view(np.uint16)].view(np.uint8)
+        else:
+            text_bt = np.full((records, length), ord("\t"), dtype=np.uint8)
+            coded_bn = code[block.allele_bn]
+            text_bt[:, start_s] = coded_bn[:, first]
+            if second.any():
+                one, two = coded_bn[:, first[second]], coded_bn[:, first[second] + 1]
+                text_bt[:, start_s[second] + 1] = separators[_phase(one, two, ord("."), data.phased)]
+                text_bt[:, start_s[second] + 2] = two
+        alone_b = np.zeros(records, dtype=bool)
+        if data.hemizygous is not None:
+            alone_b = data.hemizygous[0][block.start_b[:-1]]
+            kept_t = np.ones(length, dtype=bool)
+            kept_t[np.concatenate([start_s[data.hemizygous[1]] + k for k in (1, 2)])] = False
+        alone_b = np.zeros(records, dtype=bool)
+        if data.hemizygous is not None:
+            alone_b = data.hemizygous[0][block.start_b[:-1]]
+            kept_t = np.ones(length, dtype=bool)
+            kept_t[np.concatenate([start_s[data.hemizygous[1]] + k for k in (1, 2)])] = False
         if samples:
             text_bt[:, -1] = ord("\n")
-        parts: list[bytes] = []
-        row = 0
-        for k, record in enumerate(block.records):
-            at, alts = record.first, record.last - record.first
-            counts = block.row_count[row : row + alts]
-            row += alts
-            called = int(block.called_b[k])
-            if data.alt[at] == ".":
-                alt, info = ".", f"AN={called}"
-            else:
-                alt = ",".join(data.alt[at : record.last].tolist())
-                share = [f"{f:.6g}" for f in _frequency(counts, called)] if called else ["."] * alts
-                info = f"AC={','.join(map(str, counts.tolist()))};AN={called};AF={','.join(share)}"
-            fixed = f"{data.contig[at]}\t{data.position_bp[at]}\t{data.id[at]}\t{data.ref[at]}\t{alt}\t.\tPASS\t{info}"
-            parts.append((fixed + ("\tGT\t" if samples else "\n")).encode())
+        for k in range(records):
+            yield (_fixed(data, block, k) + ("\tGT\t" if samples else "\n")).encode()
             if samples:
-                parts.append(text_bt[k].tobytes())
-        stream.write(b"".join(parts))
+                yield text_bt[k][kept_t] if alone_b[k] else text_bt[k]
+
+
+def _pair_text() -> np.ndarray:
+    """uint32 by two alleles as one uint16: the bytes of "a|b<TAB>"."""
+    table = np.zeros(256 * (genotypes.MAX_ALTS + 1), dtype="<u4")
+    for a in range(genotypes.MAX_ALTS + 1):
+        for b in range(genotypes.MAX_ALTS + 1):
+            table[a | b << 8] = int.from_bytes(f"{a}|{b}\t".encode(), "little")
+    return table
+
+
+def _fixed(data: GenotypeData, block: genotypes.JoinedBlock, k: int) -> str:
+    """The columns before FORMAT."""
+    at, stop, called = int(block.start_b[k]), int(block.start_b[k + 1]), int(block.called_b[k])
+    if data.alt[at] == ".":
+        alt, info = ".", f"AN={called}"
+    else:
+        alt = ",".join(data.alt[at:stop].tolist())
+        first_row = at - int(block.start_b[0])
+        counts = block.row_count[first_row : first_row + stop - at]
+        share = [f"{f:.6g}" for f in counts / called] if called else ["."] * len(counts)
+        info = f"AC={','.join(map(str, counts.tolist()))};AN={called};AF={','.join(share)}"
+    return f"{data.contig[at]}\t{data.position_bp[at]}\t{data.id[at]}\t{data.ref[at]}\t{alt}\t.\tPASS\t{info}"

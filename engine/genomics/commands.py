@@ -17,14 +17,14 @@ import numpy as np
 
 from engine import __version__, atomic, provenance
 from engine.errors import InputError, UsageError
-from engine.genomics import li_stephens, run_folder
+from engine.files import genotype_files
+from engine.genomics import li_stephens, run_folder, stream
 from engine.genomics.evaluate import evaluate
 from engine.genomics.matching import common_sites
-from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_panel, write_samples
+from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_samples
 from engine.kernels import bits
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-_SUFFIXES = (".vcf.gz", ".bcf", ".pgen")
 
 
 def fit_command(
@@ -76,17 +76,21 @@ def sample_command(
     group: str | None = None,
     seed: int | None = None,
     shard: tuple[int, int] = (0, 1),
+    shard_by: str = "people",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write synthetic people of a run as .bcf, .vcf.gz or .pgen, with their groups and provenance beside.
+    """Write synthetic people of a run in any format of `engine.files.genotype_files`, with groups and provenance beside.
+
+    The file is made of parts (`engine.genomics.stream`): what is done is passed over when the same command runs again.
 
     Args:
         n: people over all shards.
         group: all people of this group; None draws groups in the panel's proportions.
         seed: None takes the seed of the run's config.
-        shard: (i, k), 0 <= i < k: only people i*n//k .. (i+1)*n//k - 1, written to `shard_path(out, i, k)`. A shard
-            that is there already and whole is recognised and skipped, one without its record is made again.
-            `finish_command` joins shards.
+        shard: (i, k), 0 <= i < k, of people or sites. `finish_command` joins shards.
+        shard_by: "people": people i*n//k .. (i+1)*n//k - 1 as a file of their own, `shard_path(out, i, k)`; one that is
+            there already and whole is recognised and skipped, one without its record is made again. "sites": all people
+            at some of the sites, as parts of `out` itself, which are joined by copying: for large files.
 
     Returns:
         {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}.
@@ -97,42 +101,63 @@ def sample_command(
     index, count = shard
     if n < 1 or not 0 <= index < count:
         raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
-    target = Path(out) if count == 1 else shard_path(out, index, count)
-    _suffix(target)
+    if shard_by not in ("people", "sites"):
+        raise UsageError("people or sites", repr(shard_by), "--shard-by")
+    genotype_files.suffix_of(out)
+    by_sites = count > 1 and shard_by == "sites"
+    target = Path(out) if count == 1 or by_sites else shard_path(out, index, count)
     model = li_stephens.load(run)
     seed = model.config.seed if seed is None else seed
-    first, stop = index * n // count, (index + 1) * n // count
+    first, stop = (0, n) if by_sites else (index * n // count, (index + 1) * n // count)
     request = {
-        "model_sha256": run_folder.checksum(run), "people": n, "group": group, "shard": [index, count],
-        "first_person": first, "stop_person": stop,
+        "model_sha256": run_folder.checksum(run), "people": n, "group": group,
+        "shard": [0, 1] if by_sites else [index, count], "first_person": first, "stop_person": stop,
     }  # fmt: skip
+    warnings = [*model.warnings, *genotype_files.lost(target)]
     if count > 1 and _is_whole(target, request, seed):
-        return _sampled(target, model.n_sites, read_groups(target), stop - first, True, model.warnings)
+        return _sampled(target, model.n_sites, read_groups(target), stop - first, True, warnings)
     if target.exists() and (count == 1 or _beside(target, "provenance.json").exists()):
         raise UsageError(
             "a file that does not exist yet", "an existing one", target, "another --out, or remove it first"
         )
-    made = model.sample(
-        stop - first, groups=group, seed=seed, start=first,
-        progress=None if progress is None else lambda done, total: progress("sampling", done, total),
-    )  # fmt: skip
-    _tell(progress, "writing", 0, 1)
-    _write(made, target, model.config.model_dump(), request, seed, model.warnings)
-    _tell(progress, "writing", 1, 1)
-    assert made.samples.group is not None
-    return _sampled(target, model.n_sites, made.samples.group.tolist(), stop - first, False, model.warnings)
+    if target.exists():
+        genotype_files.remove(target)  # a shard without its record
+    tell = lambda what: None if progress is None else lambda done, total: progress(what, done, total)  # noqa: E731
+    source = stream.source(model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"))
+    record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
+    job = stream.Job(target, source.layout(_header_lines(request, seed)), source.groups, record)
+    stream.start(job)
+    written = stream.write_parts(job, source.rows, shard=shard if by_sites else (0, 1), progress=tell("writing"))
+    if not by_sites:
+        _finish(job)
+    return _sampled(target, model.n_sites, source.groups.tolist(), stop - first, not written and by_sites, warnings)
 
 
 def finish_command(out: str | Path, count: int, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Join the `count` shards of `out` into `out`; the shards stay.
+    """Join the `count` shards of `out` into `out`. Shards of people stay; shards of sites are parts of `out` and go.
+
+    Shards of people are read into memory, packed: people * sites / 4 bytes.
 
     Raises:
         UsageError: `out` exists. InputError: a shard is absent, or is not part of the same request.
     """
     out = Path(out)
-    _suffix(out)
+    genotype_files.suffix_of(out)
     if out.exists():
         raise UsageError("a file that does not exist yet", "an existing one", out, "another --out, or remove it first")
+    job = stream.load(out)
+    if job is None or job.record.get("joined_shards"):
+        job = _join_people(out, count, progress)
+    people, sites = len(job.layout.head.sample_ids), job.layout.head.n_sites
+    _tell(progress, "joining", 0, 1)
+    _finish(job)
+    _tell(progress, "joining", 1, 1)
+    groups = [] if job.groups is None else job.groups.tolist()
+    return _sampled(out, sites, groups, people, False, job.record["warnings"])
+
+
+def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job:
+    """The parts of `out` from its shards of people."""
     panels: list[HaplotypePanel] = []
     records: list[dict[str, Any]] = []
     groups: list[str] = []
@@ -142,7 +167,7 @@ def finish_command(out: str | Path, count: int, *, progress: Progress | None = N
             raise InputError(f"all {count} shards", f"no shard {index}", path, f"--shard {index}/{count}")
         record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
         same = ("model_sha256", "people", "group")
-        if record["sha256"] != provenance.sha256(path):
+        if record["sha256"] != provenance.input_record(path)["sha256"]:
             raise InputError("the file that its provenance describes", "another", path, "making this shard again")
         if records and any(record["request"][key] != records[0]["request"][key] for key in same):
             raise InputError("shards of one request", "another model, n or group", path, "removing the stale shard")
@@ -154,12 +179,18 @@ def finish_command(out: str | Path, count: int, *, progress: Progress | None = N
             groups += read_groups(path)
         _tell(progress, "reading shards", index + 1, count)
     joined = concatenate(panels)
-    joined = replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str)))
-    people = records[0]["request"]["people"]
+    people, seed = records[0]["request"]["people"], records[0]["seed"]
     request = {**records[0]["request"], "shard": [0, 1], "first_person": 0, "stop_person": people}
-    warnings = records[0]["warnings"]
-    _write(joined, out, records[0]["config"], request, records[0]["seed"], warnings)
-    return _sampled(out, joined.n_sites, groups, people, False, warnings)
+    record = {key: records[0][key] for key in ("config", "warnings")} | {
+        "request": request,
+        "seed": seed,
+        "joined_shards": count,
+    }
+    source = stream.of_panel(replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str))))
+    job = stream.Job(out, source.layout(_header_lines(request, seed)), source.groups, record)
+    stream.start(job)
+    stream.write_parts(job, source.rows)
+    return job
 
 
 def score_command(
@@ -242,7 +273,7 @@ def evaluate_command(
 def shard_path(out: str | Path, index: int, count: int) -> Path:
     """`dir/name.bcf` -> `dir/name.shard-0003-of-0100.bcf`."""
     out = Path(out)
-    suffix = _suffix(out)
+    suffix = genotype_files.suffix_of(out)
     return out.with_name(f"{out.name.removesuffix(suffix)}.shard-{index:04d}-of-{count:04d}{suffix}")
 
 
@@ -284,13 +315,6 @@ def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
         progress(what, done, total)
 
 
-def _suffix(path: Path) -> str:
-    for suffix in _SUFFIXES:
-        if path.name.endswith(suffix) and path.name != suffix:
-            return suffix
-    raise UsageError("a file name ending in .bcf, .vcf.gz or .pgen", path.name, "--out")
-
-
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.name}.{what}")
 
@@ -300,27 +324,34 @@ def _is_whole(path: Path, request: dict[str, Any], seed: int) -> bool:
     try:
         record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
         same = record["request"] == request and record["seed"] == seed
-        return bool(same and record["sha256"] == provenance.sha256(path) and _beside(path, "samples.tsv").exists())
+        is_same = same and record["sha256"] == provenance.input_record(path)["sha256"]
+        return bool(is_same and _beside(path, "samples.tsv").exists())
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _write(
-    panel: HaplotypePanel, path: Path, config: dict[str, Any], request: dict[str, Any], seed: int, warnings: list[str]
-) -> None:
-    """The genotype file first, its provenance last: a file without a record counts as not written."""
-    lines = [
+def _header_lines(request: dict[str, Any], seed: int) -> list[str]:
+    return [
         "##engine_data=SYNTHETIC: generated by a model, no record describes a living person",
         f"##engine_command=genomics sample, engine {__version__}, commit {provenance.commit()['commit']}",
         f"##engine_model=li_stephens, sha256 {request['model_sha256']}, seed {seed}",
     ]
-    write_panel(panel, path, header_lines=lines)
-    write_samples(panel, _beside(path, "samples.tsv"))
+
+
+def _finish(job: stream.Job) -> None:
+    """The genotype file first, its provenance last: a file without a record counts as not written."""
+    stream.join(job)
+    if job.groups is not None:
+        write_samples(stream.panel_of(job), _beside(job.path, "samples.tsv"))
     record = provenance.record(
-        "genomics sample", config=config, seed=seed, synthetic=True,
-        extra={"file": path.name, "sha256": provenance.sha256(path), "request": request, "warnings": warnings},
+        "genomics sample", config=job.record["config"], seed=job.record["seed"], synthetic=True,
+        extra={
+            "file": job.path.name, "sha256": provenance.input_record(job.path)["sha256"],
+            "request": job.record["request"], "warnings": job.record["warnings"],
+        },
     )  # fmt: skip
-    atomic.write_json(_beside(path, "provenance.json"), record)
+    atomic.write_json(_beside(job.path, "provenance.json"), record)
+    stream.remove_parts(job.path)
 
 
 def _sampled(

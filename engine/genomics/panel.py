@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.atomic import write_text
 from engine.errors import InputError, UsageError
-from engine.files import genetic_map, genotypes
+from engine.files import genetic_map, genotype_files, genotypes
 from engine.files.genotypes import GenotypeData
 from engine.kernels import bits
 
@@ -186,14 +186,7 @@ def read_panel(
             the table. Unphased and missing genotypes are read; `phased` and `missing_lw` say so.
     """
     path = Path(path)
-    if path.suffix == ".pgen":
-        from engine.files.plink import read_pgen
-
-        data = read_pgen(path, region=region)
-    else:
-        from engine.files.vcf import read_vcf
-
-        data = read_vcf(path, region=region)
+    data = genotype_files.read_genotypes(path, region=region)
     if not data.sample_ids:
         raise InputError("genotypes of at least one sample", "none", path, "a file with sample columns")
     if data.n_sites == 0:
@@ -218,18 +211,8 @@ def write_panel(panel: HaplotypePanel, path: str | Path, *, header_lines: Sequen
         UsageError: another suffix.
         InputError: the panel cannot be written in this format, with the site.
     """
-    path = Path(path)
     data = genotypes_from_panel(panel)
-    if path.name.endswith((".bcf", ".vcf.gz")):
-        from engine.files.vcf import write_vcf
-
-        write_vcf(path, data, header_lines=list(header_lines), contigs=panel.contig_length, assembly=panel.assembly)
-    elif path.suffix == ".pgen":
-        from engine.files.plink import write_pgen
-
-        write_pgen(path, data, header_lines=list(header_lines), sex=panel.samples.sex)
-    else:
-        raise UsageError("a path ending in .bcf, .vcf.gz or .pgen", path.name, "write_panel")
+    genotype_files.write_genotypes(path, data, header_lines=list(header_lines), sex=panel.samples.sex)
 
 
 def panel_from_genotypes(data: GenotypeData) -> HaplotypePanel:
