@@ -36,16 +36,24 @@ def writer(path: str | Path) -> ModuleType:
     """The module that writes `path`; UsageError for another suffix."""
     suffix = suffix_of(path)
     if suffix in (".vcf.gz", ".bcf"):
-        from engine.files import vcf_write as module
-    elif suffix == ".pgen":
-        from engine.files import plink as module
-    elif suffix == ".vcz":
-        from engine.files import vcf_zarr as module
-    elif suffix == ".bed":
-        from engine.files import bed as module
-    else:
-        from engine.files import oxford as module
-    return module
+        from engine.files import vcf_write
+
+        return vcf_write
+    if suffix == ".pgen":
+        from engine.files import plink
+
+        return plink
+    if suffix == ".vcz":
+        from engine.files import vcf_zarr
+
+        return vcf_zarr
+    if suffix == ".bed":
+        from engine.files import bed
+
+        return bed
+    from engine.files import oxford
+
+    return oxford
 
 
 def lost(path: str | Path) -> list[str]:

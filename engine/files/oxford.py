@@ -71,7 +71,7 @@ def _lines_of(data: GenotypeData) -> Iterator[Any]:
             pair_lsp[:, :, 0] = allele_ln[:, first]
             pair_lsp[:, ~haploid_s, 1] = allele_ln[:, first[~haploid_s] + 1]
             if data.hemizygous is not None:
-                pair_lsp[np.ix_(data.hemizygous[0][at:stop], data.hemizygous[1], [1])] = ord("-")
+                pair_lsp[np.ix_(data.hemizygous[0][at:stop], data.hemizygous[1], np.array([1]))] = ord("-")
             allele_ln = pair_lsp.reshape(stop - at, -1)
         text_lt = (allele_ln.astype("<u2") | np.uint16(ord(" ") << 8)).view(np.uint8)
         text_lt[:, -1] = ord("\n")

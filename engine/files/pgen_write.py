@@ -7,6 +7,8 @@ do. Names of samples and sites, and what a PGEN cannot hold, are left to `plink`
 Layout: PLINK 2 File Format Specification (draft), sections 2.2 (header) and 2.3 (variant records, difflists, tracks 1 and 2).
 """
 
+# mypy: disable-error-code="no-untyped-call, operator, assignment"
+
 from __future__ import annotations
 
 import struct
@@ -93,7 +95,7 @@ def _biallelic(data: GenotypeData, first: int, stop: int) -> Iterator[tuple[memo
         end = _encode(data.bits_lw[low:high], missing_lw, samples, data.phased, out, types, lengths)
         if end < 0:
             raise half_missing(data, low - end - 1)
-        return memoryview(out)[:end], types, lengths
+        return out[:end].data, types, lengths
 
     if threads == 1 or len(chunks) == 1:
         yield from map(encode, chunks)

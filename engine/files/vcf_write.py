@@ -70,10 +70,8 @@ def write_vcf(
     _write(Path(path), layout, compressed(_encoded(Path(path), layout, [Block(data, layout.start_r)])))
 
 
-def write_part(
-    path: str | Path, layout: Layout, blocks: Iterable[tuple[GenotypeData, np.ndarray]], place: Path
-) -> None:
-    """Write to `place` what stands in `path` of these blocks: data of some rows, and their `record_starts` from 0."""
+def write_part(path: str | Path, layout: Layout, blocks: Iterable[Block], place: Path) -> None:
+    """Write to `place` what stands in `path` of these blocks."""
     with atomic_path(place) as partial, open(partial, "wb") as stream:
         stream.writelines(compressed(_encoded(Path(path), layout, blocks)))
 
@@ -213,9 +211,9 @@ def _records_bcf(data: GenotypeData, start_r: np.ndarray, contig_index: Mapping[
                 one, two = gt_bsp[:, :, 0][:, second], coded_bn[:, first[second] + 1]
                 gt_bsp[:, second, 1] = two | _phase(one, two, 0, data.phased)
             if data.hemizygous is not None:
-                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], [1])] = 0x81
+                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], np.array([1]))] = 0x81
             if data.hemizygous is not None:
-                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], [1])] = 0x81
+                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], np.array([1]))] = 0x81
             body = gt_bsp.reshape(records, -1)
         individual = len(head) + body.shape[1] if samples else 0
         for k in range(records):

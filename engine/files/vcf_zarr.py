@@ -112,7 +112,7 @@ def _calls(data: GenotypeData, start_v: np.ndarray, first: int, stop: int, ploid
         made_vsp[: len(head_v), np.flatnonzero(double_s), 1] = allele_vn[:, own_n[:-1][double_s] + 1]
     if data.hemizygous is not None:
         alone_v, alone_s = data.hemizygous[0][head_v], data.hemizygous[1][first:stop]
-        made_vsp[np.ix_(np.flatnonzero(alone_v), np.flatnonzero(alone_s), [1])] = -2
+        made_vsp[np.ix_(np.flatnonzero(alone_v), np.flatnonzero(alone_s), np.array([1]))] = -2
     return made_vsp
 
 
@@ -133,7 +133,7 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
     path, head = Path(path), layout.head
     samples, records, ploidy = len(head.sample_ids), layout.n_records, _ploidy(head)
     with atomic_folder(path) as folder:
-        root = zarr.open_group(folder, mode="w", zarr_format=2)
+        root: Any = zarr.open_group(folder, mode="w", zarr_format=2)
         codec = _codec()
 
         def add(name: str, values: Any, dimensions: list[str], kind: str | None = None) -> None:
@@ -248,8 +248,8 @@ def read_vcz(path: str | Path) -> GenotypeData:
 
     path = Path(path)
     try:
-        root = zarr.open_group(path, mode="r")
-        attributes = dict(root.attrs)
+        root: Any = zarr.open_group(path, mode="r")
+        attributes: dict[str, Any] = dict(root.attrs)
         if "vcf_zarr_version" not in attributes:
             raise InputError("a VCF-Zarr store", "a group without vcf_zarr_version", path)
         names = [str(each) for each in root["sample_id"][:]]

@@ -173,7 +173,7 @@ def _save_layout(job: Job) -> None:
     def text(values: Any) -> np.ndarray:
         return np.frombuffer("\n".join(map(str, values)).encode(), dtype=np.uint8)
 
-    held = {
+    held: dict[str, Any] = {
         "start_r": job.layout.start_r, "position_bp": head.position_bp, "alt_index": head.alt_index,
         "haplotypes_of_sample": head.haplotypes_of_sample, "contig": text(head.contig), "id": text(head.id),
         "ref": text(head.ref), "alt": text(head.alt), "sample_ids": text(head.sample_ids),
