@@ -6,6 +6,7 @@ an L1, KL and patch-adversarial loss, then a DiffusionModelUNet that predicts no
     epochs          the tutorial trains 100 and 150 epochs on a GPU; here each stage ends with its share of the budget, and
                     the adversary joins after a twentieth of the first, as it does after 5 of 100 epochs there.
     perceptual loss left out: its network needs downloaded weights.
+    size            volumes are padded with air to what the networks halve evenly, and cut again.
     sampling        DDIM with 50 steps in place of DDPM with 1,000, which would take longer than the training; predicted
                     latents are not clipped to -1 .. 1, which scaled latents leave on both sides.
 """
@@ -61,8 +62,11 @@ def train_and_sample(
     """
     torch.manual_seed(seeding.derived_seed(seed, "benchmark.monai_ldm"))
     rng = seeding.generator(seed, "benchmark.monai_ldm.order")
-    x_bcdhw = torch.from_numpy(np.stack([_scaled(volume, grid) for volume in volumes]))
     levels, batch = len(channels), min(batch_size, len(volumes))
+    whole = [_scaled(volume, grid) for volume in volumes]
+    size, padded = whole[0].shape[1:], _padding(whole[0].shape[1:], 4 ** (levels - 1))
+    x_bcdhw = torch.from_numpy(np.stack([np.pad(x, ((0, 0), *padded)) for x in whole]))
+    inside = tuple(slice(before, before + n) for (before, _), n in zip(padded, size, strict=True))
     attention = tuple(level == levels - 1 for level in range(levels))
     autoencoder = AutoencoderKL(
         spatial_dims=3, in_channels=1, out_channels=1, channels=tuple(channels), latent_channels=3, num_res_blocks=1,
@@ -137,7 +141,8 @@ def train_and_sample(
             image = inferer.sample(
                 input_noise=noise, autoencoder_model=autoencoder, diffusion_model=unet, scheduler=sampler, verbose=False
             )
-            yield replace(volumes[0], array_cdhw=_unscaled(image[0].numpy(), grid))  # type: ignore[union-attr,index]
+            array_cdhw = image[0].numpy()[:, *inside]  # type: ignore[union-attr,index]
+            yield replace(volumes[0], array_cdhw=_unscaled(array_cdhw, grid))
 
     said_in_words = (
         f"{steps_first} and {steps_second} steps of batch {batch}, DDIM {sampling_steps}, no perceptual loss"
@@ -145,8 +150,14 @@ def train_and_sample(
     return draw(), said_in_words
 
 
+def _padding(size: Sequence[int], multiple: int) -> list[tuple[int, int]]:
+    """Voxels to add before and behind each axis, so that each is a multiple."""
+    missing = [-n % multiple for n in size]
+    return [(k // 2, k - k // 2) for k in missing]
+
+
 def _scaled(volume: Volume, grid: DataConfig) -> np.ndarray:
-    """Intensities in 0 .. 1, as the tutorial scales them; float32 (1, d, h, w), each axis a multiple of 4."""
+    """Intensities in 0 .. 1, as the tutorial scales them; float32 (1, d, h, w)."""
     low, high = grid.hu_range if grid.modality == "CT" else (0.0, MR_TOP)
     return ((volume.array_cdhw[:1] - low) / (high - low)).astype(np.float32)
 

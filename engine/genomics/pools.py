@@ -89,7 +89,7 @@ def audit_pools(
         pools["train"], pools["holdout"], panels["train"].sites.contig, resolved, noted, policy=policy, seed=seed
     )
     judges.append(copying_judge(panels["train"], panels["holdout"], policy or AuditPolicy(), seed))
-    controls = relatives(panels["train"], pools["train"], panels["holdout"].n_samples, resolved, seed)
+    controls = relatives(panels["train"], pools["train"], pools["holdout"], resolved, seed)
     return pools, controls, judges
 
 

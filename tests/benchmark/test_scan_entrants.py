@@ -111,3 +111,21 @@ def test_unusable_scans_are_refused(entered: Path, scan_sides, tmp_path: Path) -
     one.unlink()
     with pytest.raises(InputError):
         score(track, sides, tmp_path / "samples")
+
+
+def test_sizes_that_do_not_halve_evenly_are_padded_and_cut_again(scan_sides) -> None:
+    from engine.benchmark.monai_ldm import _padding, train_and_sample
+    from engine.imaging.config import DataConfig
+    from engine.imaging.volume import Volume
+
+    assert _padding((32, 40, 31), 16) == [(0, 0), (4, 4), (0, 1)]
+    rng = np.random.default_rng(0)
+    volumes = [
+        Volume(rng.uniform(0, 900, (1, 10, 16, 13)).astype(np.float32), np.eye(4), "MR", "arbitrary", {})
+        for _ in range(3)
+    ]
+    grid = DataConfig.model_validate({"size": (10, 16, 13)})
+    used, tiny = iter(np.linspace(0, 1, 8)), scan_sides[0].entrants["monai_ldm"].settings
+    made, words = train_and_sample(volumes, grid, 2, seed=0, used=lambda: float(next(used, 1.0)), **tiny)
+    assert {volume.shape_dhw for volume in made} == {(10, 16, 13)}
+    assert "steps of batch 2" in words

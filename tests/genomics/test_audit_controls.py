@@ -52,9 +52,9 @@ def sides(request):
 
 
 def test_relatives_have_the_kinship_of_their_degree(sides):
-    train, _ = sides
-    pool, resolved = haplotype_pool(train), resolution(train)
-    made = relatives(train, pool, 60, resolved, seed=3)
+    train, holdout = sides
+    pool, unseen, resolved = haplotype_pool(train), haplotype_pool(holdout), resolution(train)
+    made = relatives(train, pool, unseen, resolved, seed=3)
     assert {name: control.gate for name, control in made.items()} == {
         "twins": "kinship_above_0.354", "children": "kinship_above_0.177", "grandchildren": "kinship_above_0.0884",
     }  # fmt: skip
@@ -69,21 +69,24 @@ def test_relatives_have_the_kinship_of_their_degree(sides):
         assert np.median(largest) == pytest.approx(expected, abs=0.04), name
         if name == "children":  # both parents are there
             assert np.median(np.sort(kin_sp, axis=1)[:, -2]) == pytest.approx(0.25, abs=0.04)
-    again = relatives(train, pool, 60, resolved, seed=3)
+    again = relatives(train, pool, unseen, resolved, seed=3)
     assert (again["children"].pool.data == made["children"].pool.data).all()
-    assert not (relatives(train, pool, 60, resolved, seed=4)["children"].pool.data == made["children"].pool.data).all()
+    assert not (
+        relatives(train, pool, unseen, resolved, seed=4)["children"].pool.data == made["children"].pool.data
+    ).all()
 
 
 def test_only_degrees_that_the_sites_can_tell_are_planted(sides):
-    train, _ = sides
+    train, holdout = sides
     short = train.select(sites=slice(0, 5 * 150))  # 45 stretches of 10 Mb, 750 sites
     resolved = resolution(short)
-    made = relatives(short, haplotype_pool(short), 60, resolved)
+    unseen = haplotype_pool(holdout.select(sites=slice(0, 5 * 150)))
+    made = relatives(short, haplotype_pool(short), unseen, resolved)
     judged = {f"kinship_above_{t:g}" for t in (0.354, 0.177, 0.0884) if resolved.limit(t, 80 * 86) is not None}
     assert {control.gate for control in made.values()} == judged
     assert 0 < len(judged) < 3
     nothing = Resolution(np.zeros(0, dtype=np.int64), np.inf, 0, 1.0)
-    assert relatives(train, haplotype_pool(train), 60, nothing) == {}
+    assert relatives(train, haplotype_pool(train), haplotype_pool(holdout), nothing) == {}
 
 
 def test_an_audit_whose_kinship_judge_is_blind_has_no_verdict(monkeypatch):
@@ -91,7 +94,7 @@ def test_an_audit_whose_kinship_judge_is_blind_has_no_verdict(monkeypatch):
     train, holdout, fresh = (panel_of(rng, n, tag, 60) for n, tag in ((60, "t"), (48, "h"), (30, "s")))
     resolved, noted = check_sides(train, holdout)
     pools = [haplotype_pool(panel) for panel in (train, holdout, fresh)]
-    controls = relatives(train, pools[0], holdout.n_samples, resolved)
+    controls = relatives(train, pools[0], pools[1], resolved)
     assert "children" in controls
 
     def judged():
