@@ -187,7 +187,9 @@ def prepare(
         control_scores[name] = search.score(pool, name)
         said = gates.judge(name, pool, control_scores[name], rest if expected == "pass" else holdout)
         gate = gate_of.get(name)
-        verdict = said.verdict if gate is None else next((f.verdict for f in said.findings if f.name == gate), "none")
+        verdict: Verdict = said.verdict
+        if gate is not None:
+            verdict = next((f.verdict for f in said.findings if f.name == gate), "none")
         results.append(ControlResult(name, expected, verdict, len(pool), said.findings, gate))
     return Prepared(train, holdout, rest, gates, level, results, control_scores, noisy, noisy_scores)
 

@@ -33,12 +33,15 @@ BINS = 200
 COMPONENTS = 16
 BLOCKS = (4, 4, 4)
 SSIM_WINDOW = 7
+SHOWN = 8  # volumes of each side in the figures
 FLAT = 0.01  # quantiles that hardly vary (air) count in units of 1 % of the intensity range
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Findings by metric, and the arrays a report draws."""
+    """Findings by metric, and the arrays a report draws: "montage" (middle slices by side and plane), "volumes" (uint8 (n, d,
+    h, w) by side), "pca", "intensity".
+    """
 
     findings: list[Finding]
     figures: dict[str, Any] = field(default_factory=dict)
@@ -256,7 +259,8 @@ def evaluate(
         if other.region_nr is not None:
             findings.append(distance("region_volume_w1", region, column_w1, "label volumes", limit=1.5, unit="mm3"))
     figures = {
-        "montage": {"real": _slices(base, 8), "synthetic": _slices(made, 8)},
+        "montage": {"real": _slices(base, SHOWN), "synthetic": _slices(made, SHOWN)},
+        "volumes": {"real": _grey(base.thumb_ndhw[:SHOWN]), "synthetic": _grey(made.thumb_ndhw[:SHOWN])},
         "pca": {"real": shape_of(base.coarse_nv)[:, :2], "synthetic": shape_of(made.coarse_nv)[:, :2]},
         "intensity": {
             "bin": (np.arange(BINS) + 0.5) / BINS,
@@ -377,9 +381,13 @@ def _diversity(base: Profile, made: Profile, n: int, seed: int) -> Finding:
     )
 
 
+def _grey(array: np.ndarray) -> np.ndarray:
+    return np.clip(array * 255.0, 0, 255).astype(np.uint8)
+
+
 def _slices(p: Profile, count: int) -> dict[str, list[np.ndarray]]:
     """Middle slices of the first volumes as uint8 images, front or top of the body up."""
-    shown = np.clip(p.thumb_ndhw[:count] * 255.0, 0, 255).astype(np.uint8)
+    shown = _grey(p.thumb_ndhw[:count])
     _, d, h, w = shown.shape
     turn = lambda image: np.ascontiguousarray(image.T[::-1])  # noqa: E731
     return {

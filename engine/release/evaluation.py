@@ -10,10 +10,11 @@ import numpy as np
 
 from engine import provenance
 from engine.audit.findings import Finding
+from engine.release.images import slices_of_grey
 from engine.release.report import Section, write_report
 
 SCANS = (
-    "Middle slices in three planes, real above synthetic. Distances are given beside the same distance between two sets of"
+    "Slices in three planes, real above synthetic. Distances are given beside the same distance between two sets of"
     " real scans of other people."
 )
 GENOTYPES = (
@@ -23,20 +24,20 @@ GENOTYPES = (
 
 
 def scan_section(findings: Sequence[Finding], figures: Mapping[str, Any], title: str = "Scans") -> Section:
-    """Montages by plane (planes differ in shape), the intensity histogram, shape components, and the findings.
+    """Scans of both sides with a slice slider for each plane, the intensity histogram, shape components, and the findings.
 
     Args:
         findings, figures: of `engine.imaging.evaluate.evaluate`.
     """
     drawn: dict[str, Any] = {}
+    shown = min(len(volumes) for volumes in figures["volumes"].values())
     for plane in ("axial", "coronal", "sagittal"):
-        rows = [np.stack(list(figures["montage"][side][plane])) for side in ("real", "synthetic")]
-        shown = min(len(row) for row in rows)
-        drawn[f"montage_{plane}"] = {
-            "kind": "montage",
-            "tiles": np.stack([row[:shown] for row in rows]),
+        drawn[f"slices_{plane}"] = {
+            "kind": "slices",
+            "rows": {side: slices_of_grey(volumes[:shown], plane) for side, volumes in figures["volumes"].items()},
+            "plane": plane,
             "title": f"{plane.capitalize()} slices",
-            "caption": "Upper row: real. Lower row: synthetic.",
+            "caption": "Upper row: real. Lower row: synthetic. Arrow keys move through the slices.",
         }
     centre = np.asarray(figures["intensity"]["bin"])
     half = (centre[1] - centre[0]) / 2

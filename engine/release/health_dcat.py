@@ -2,12 +2,13 @@
 
 What the release knows is filled in. What only the data holder can say (access rights, the health data access body, contacts,
 the legal basis) is not invented: it is listed in the draft itself, under rdfs:comment, so that it is a draft that nobody
-takes for a finished record. Source: HealthDCAT-AP release 5 on DCAT-AP 3.0, classes Dataset and Distribution.
+takes for a finished record. Source: HealthDCAT-AP release 8 on DCAT-AP 3.0, classes Dataset, Distribution and the CSVW
+tables of structured data; `tests/release/healthdcat_ap.ttl` holds their constraints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.release.marks import DATASET_TYPE, MARK
@@ -15,6 +16,8 @@ from engine.release.marks import DATASET_TYPE, MARK
 NAME = "healthdcat-ap.jsonld"
 CONTEXT = {
     "adms": "http://www.w3.org/ns/adms#",
+    "csvw": "http://www.w3.org/ns/csvw#",
+    "cv": "http://data.europa.eu/m8g/",
     "dcat": "http://www.w3.org/ns/dcat#",
     "dcatap": "http://data.europa.eu/r5r/",
     "dct": "http://purl.org/dc/terms/",
@@ -30,13 +33,18 @@ TO_COMPLETE = (
     "dcat:contactPoint",
     "healthdcatap:hdab",
     "healthdcatap:healthCategory",
+    "cv:contactPoint of the publisher",
     "healthdcatap:trustedDataHolder of the publisher",
     "dcat:accessURL of the distribution",
 )
 
 
-def describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """dcat:Dataset with one dcat:Distribution, the release folder."""
+def describe(manifest: Mapping[str, Any], tables: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """dcat:Dataset with one dcat:Distribution, the release folder.
+
+    Args:
+        tables: record sets of the released tables, as `croissant.describe` makes them.
+    """
     total = sum(entry["bytes"] for entry in manifest["files"])
     missing = ", ".join(name for name in TO_COMPLETE if not (name.startswith("dcat:accessURL") and _web(manifest)))
     people = manifest["audit"]["sizes"].get("synthetic", {}).get("people")
@@ -74,9 +82,32 @@ def describe(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "dcatap:applicableLegislation": {"@id": EHDS},
         "dcat:distribution": distribution,
     }
+    made["healthdcatap:hasStructuredData"] = {"@type": "xsd:boolean", "@value": "true" if tables else "false"}
+    if tables:
+        made["healthdcatap:hasVariables"] = {
+            "@type": "csvw:TableGroup",
+            "dct:title": _text("Tables of the release"),
+            "csvw:table": [_table(table) for table in tables],
+        }
     if people is not None:
         made["healthdcatap:numberOfRecords"] = {"@type": "xsd:nonNegativeInteger", "@value": str(people)}
     return made
+
+
+def _table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """csvw:Table of a record set."""
+    kinds = {"sc:Integer": "integer", "sc:Float": "double"}
+    columns = [
+        {
+            "@type": "csvw:Column",
+            "csvw:name": field["name"],
+            "csvw:title": field["name"],
+            "csvw:datatype": kinds.get(field["dataType"], "string"),
+            "dct:description": _text(field["description"]),
+        }
+        for field in table["field"]
+    ]
+    return {"@type": "csvw:Table", "dct:title": table["name"].removesuffix("#records"), "csvw:column": columns}
 
 
 def _web(manifest: Mapping[str, Any]) -> bool:

@@ -31,15 +31,17 @@ def slices_of(volumes: Sequence[Any], plane: str = "axial") -> NDArray[np.uint8]
 
     Slices are spaced evenly over the middle nine tenths. Axial: columns run from left to right of the body, as RAS does.
     """
+    grey = [np.clip((volume.array_cdhw[0] + 1) * 127.5, 0, 255).astype(np.uint8) for volume in volumes]
+    return slices_of_grey(grey, plane)
+
+
+def slices_of_grey(volumes_dhw: Sequence[NDArray[np.uint8]], plane: str = "axial") -> NDArray[np.uint8]:
+    """As `slices_of`, of volumes that are grey values in RAS, all of one shape."""
     axis = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
-    depth = volumes[0].array_cdhw.shape[1 + axis]
+    depth = volumes_dhw[0].shape[axis]
     chosen = np.unique(np.linspace(0.05 * (depth - 1), 0.95 * (depth - 1), min(SLICES, depth)).round().astype(int))
-    made = []
-    for volume in volumes:
-        grey = np.clip((volume.array_cdhw[0] + 1) * 127.5, 0, 255).astype(np.uint8)
-        stack = np.moveaxis(grey, axis, 0)[chosen]  # (s, first, second) of the two axes left
-        made.append(stack.transpose(0, 2, 1)[:, ::-1])
-    tiles = np.stack(made)
+    stacks = [np.moveaxis(grey, axis, 0)[chosen] for grey in volumes_dhw]  # (s, first, second) of the two axes left
+    tiles = np.stack([stack.transpose(0, 2, 1)[:, ::-1] for stack in stacks])
     step = int(np.ceil(max(tiles.shape[2:]) / WIDEST))
     return np.ascontiguousarray(tiles[:, :, ::step, ::step])
 

@@ -143,8 +143,9 @@ def release(
         if about_model is not None:
             write_text(partial / "MODEL_CARD.md", cards.model_card(manifest))
         write_public_report(partial, manifest, audit, judged)
-        write_json(partial / "croissant.json", croissant.describe(manifest, partial))
-        write_json(partial / health_dcat.NAME, health_dcat.describe(manifest))
+        crumbs = croissant.describe(manifest, partial)
+        write_json(partial / "croissant.json", crumbs)
+        write_json(partial / health_dcat.NAME, health_dcat.describe(manifest, crumbs["recordSet"]))
         provenance.write(partial, "release", inputs=[audit_path], synthetic=True)
         write_json(partial / ro_crate.NAME, ro_crate.describe(manifest, hash_files(partial)))
         refuse_forbidden(partial, forbidden)

@@ -135,6 +135,19 @@ def test_panels_with_groups_and_with_the_model(tmp_path):
     assert made["verdict"] == "pass", made["reasons"]
     assert set(found["authenticity"]["detail"]["by_group"]) == {"A", "B"}
     assert set(found["copy_share_at_5_percent"]["detail"]["by_group"]) == {"A", "B"}
+    page = (tmp_path / "a" / "report.html").read_text()
+    for title in (
+        "Membership attacks",
+        "Linkage disequilibrium",
+        "Principal components",
+        "Site-frequency spectrum of rare",
+    ):
+        assert title in page
+    assert "<strong>Internal.</strong>" in page
+    rate = found["audit_false_positive_rate"]["detail"]
+    assert "membership_auc_frequencies_homer" in rate["gates"]
+    assert "window_copy_share_at_5_percent" in rate["gates_left_out"]
+    assert not set(rate["gates"]) & set(rate["gates_left_out"])
     made = audit_files(*sides, tmp_path / "b", model=tmp_path / "run", **rules)
     assert made["verdict"] == "fail"
     assert any("membership_auc_model_likelihood" in reason for reason in made["reasons"])

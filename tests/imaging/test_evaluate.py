@@ -161,6 +161,19 @@ def test_montage_is_an_image():
     assert image.std() > 20
 
 
+def test_the_page_has_a_slice_slider_for_each_plane(tmp_path):
+    from engine.release.evaluation import scan_report
+
+    made = evaluate(REAL, FRESH)
+    shown = made.figures["volumes"]
+    assert {side: (x.dtype, len(x)) for side, x in shown.items()} == dict.fromkeys(("real", "synthetic"), (np.uint8, 8))
+    assert shown["real"].shape[1:] == REAL[0].shape_dhw
+    page = scan_report(tmp_path, made, 0).read_text()
+    assert page.count('type="range"') == 3
+    for plane, depth in zip(("sagittal", "coronal", "axial"), REAL[0].shape_dhw, strict=True):
+        assert f"{plane} slice 1 of {min(12, depth)}" in page
+
+
 def test_command_writes_findings_and_montage(tmp_path):
     for name, volumes in (("real", REAL[:20]), ("synthetic", FRESH[:10])):
         (tmp_path / name).mkdir()

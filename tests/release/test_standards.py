@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,70 @@ def test_healthdcat_is_a_draft_that_says_what_it_lacks(tmp_path, scans, audited)
         "dcat:accessURL"
         not in json.loads((tmp_path / "web" / "healthdcat-ap.jsonld").read_text())["rdfs:comment"]["@value"]
     )
+
+
+HOLDER = """
+@prefix cv: <http://data.europa.eu/m8g/> .
+@prefix dcat: <http://www.w3.org/ns/dcat#> .
+@prefix dct: <http://purl.org/dc/terms/> .
+@prefix foaf: <http://xmlns.com/foaf/0.1/> .
+@prefix hd: <http://healthdataportal.eu/ns/health#> .
+@prefix vcard: <http://www.w3.org/2006/vcard/ns#> .
+<%s> dct:accessRights <http://publications.europa.eu/resource/authority/access-right/RESTRICTED> ;
+  dcat:contactPoint [ a vcard:Kind ; vcard:hasEmail <mailto:data@example.org> ] ;
+  hd:healthCategory <https://example.org/health-category/IMAGING> ;
+  hd:hdab [ a foaf:Agent ; foaf:name "An access body" ; cv:contactPoint [ a cv:ContactPoint ] ] .
+<urn:publisher> cv:contactPoint [ a cv:ContactPoint ] .
+"""
+
+
+def violations(graph) -> set[str]:
+    """Local names of the paths that break `healthdcat_ap.ttl`."""
+    pyshacl, rdflib = pytest.importorskip("pyshacl"), pytest.importorskip("rdflib")
+    _, results, _ = pyshacl.validate(graph, shacl_graph=str(Path(__file__).parent / "healthdcat_ap.ttl"))
+    sh = rdflib.Namespace("http://www.w3.org/ns/shacl#")
+    found = set()
+    for result in results.subjects(rdflib.RDF.type, sh.ValidationResult):
+        path = results.value(result, sh.resultPath)
+        found.add(str(results.value(result, sh.resultMessage)) if path is None else re.split("[#/]", str(path))[-1])
+    return found
+
+
+def completed(path: Path):
+    """The draft with what the holder has to say."""
+    rdflib = pytest.importorskip("rdflib")
+    graph = rdflib.Graph().parse(path)
+    (dataset,) = graph.subjects(rdflib.RDF.type, rdflib.Namespace("http://www.w3.org/ns/dcat#").Dataset)
+    graph.parse(data=HOLDER % dataset, format="turtle")
+    publisher = graph.value(dataset, rdflib.DCTERMS.publisher)
+    contact = rdflib.URIRef("http://data.europa.eu/m8g/contactPoint")
+    graph.add((publisher, contact, graph.value(rdflib.URIRef("urn:publisher"), contact)))
+    return graph, dataset
+
+
+@pytest.mark.parametrize("kind", ["scans", "genotypes"])
+def test_healthdcat_holds_the_published_constraints(tmp_path, scans, panel, audited, kind):
+    """The draft lacks what it says it lacks and nothing else; with that it conforms."""
+    rdflib = pytest.importorskip("rdflib")
+    source = scans
+    if kind == "genotypes":
+        from engine.genomics.panel import write_panel
+
+        source = tmp_path / "p.bcf"
+        write_panel(panel, source, header_lines=["##SYNTHETIC=synthetic"])
+    release(source, audited(source), tmp_path / "out", **DETAILS)
+    draft = rdflib.Graph().parse(tmp_path / "out" / "healthdcat-ap.jsonld")
+    lacking = {"accessRights", "contactPoint", "hdab", "healthCategory", "publisher", "accessURL"}
+    assert violations(draft) == lacking
+    assert all(name in str(next(draft.objects(None, rdflib.RDFS.comment))) for name in lacking)
+    release(source, audited(source), tmp_path / "web", **DETAILS | {"url": "https://example.org/heads"})
+    graph, dataset = completed(tmp_path / "web" / "healthdcat-ap.jsonld")
+    assert violations(graph) == set()
+    health = rdflib.Namespace("http://healthdataportal.eu/ns/health#")
+    assert graph.value(dataset, health.hasStructuredData).toPython() is (kind == "scans")
+    graph.remove((dataset, health.hasStructuredData, None))
+    graph.set((dataset, health.numberOfRecords, rdflib.Literal("many")))
+    assert violations(graph) >= {"hasStructuredData", "numberOfRecords"}
 
 
 # ------------------------------------------------------------------------------------------------------------- BIDS
