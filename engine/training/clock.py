@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 LAST_RATE = 0.02  # the cosine schedule ends at this share of the learning rate
 
@@ -20,7 +20,7 @@ class Budget(Protocol):
 
     steps: int | None
     max_minutes: float | None
-    minutes_of: str
+    minutes_of: Literal["wall", "cpu"]
     learning_rate: float
     warmup_steps: int
 
