@@ -88,7 +88,7 @@ def _genotypes(found: Read, region: str | None, path: Path) -> GenotypeData:
         n_haplotypes=int(first[-1]),
         missing_lw=missing_lw,
         phased=found.phased,
-        **found.columns,
+        **found.columns,  # type: ignore[arg-type]
         sample_ids=list(names),
         haplotypes_of_sample=first,
         contig_length=dict(header.contig_length),

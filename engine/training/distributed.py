@@ -55,7 +55,8 @@ def distribute(model: nn.Module, parallel: str, accelerator: Accelerator) -> nn.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterable[nn.Module]:

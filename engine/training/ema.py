@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from engine.errors import CorruptRun
 from engine.training.distributed import is_sharded, like
 
 
-def _own(parameters: Iterable[Tensor]) -> list[Tensor]:
+def _own(parameters: Iterable[Any]) -> list[Any]:
     """What this process holds of each parameter, in the same memory."""
-    return [p.to_local() if is_sharded(p) else p for p in parameters]  # type: ignore[attr-defined]
+    return [p.to_local() if is_sharded(p) else p for p in parameters]
 
 
 class Ema:
@@ -37,6 +38,7 @@ class Ema:
     def tensors(self) -> dict[str, Tensor]:
         """Averaged parameters by name; sharded where the model is."""
         found: dict[str, Tensor] = {}
+        own: Any
         for name, own, shadow in zip(self.names, self.model.parameters(), self.average.shadow_params):
             if is_sharded(own):
                 from torch.distributed.tensor import DTensor
@@ -61,7 +63,7 @@ class Ema:
             odd = sorted(set(tensors) ^ set(self.names))[0]
             raise CorruptRun("an average over the same parameters", f"'{odd}' on one side only", "ema")
         for name, own, shadow in zip(self.names, self.model.parameters(), self.average.shadow_params):
-            shadow.copy_(*_own([like(tensors[name], own)]))
+            shadow.copy_(_own([like(tensors[name], own)])[0])
         self.average.optimization_step = steps
 
     @contextmanager

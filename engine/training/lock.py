@@ -79,7 +79,8 @@ class RunLock:
         self.path = Path(run) / "lock.json"
         self.patience_seconds = patience_seconds
         self.mine: dict[str, Any] = {}
-        self._descriptor, self._stop, self._thread = -1, threading.Event(), None
+        self._descriptor, self._stop = -1, threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self) -> RunLock:
         """Take the lock, from a dead holder where there is one.

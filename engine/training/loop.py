@@ -235,7 +235,7 @@ class Loop:
     def exchange(self, model: nn.Module, share: Share) -> Iterator[None]:
         """Around forward and backward of one share: gradients are exchanged in the last one only."""
         if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-            model.set_requires_gradient_sync(share.last)
+            model.set_requires_gradient_sync(share.last)  # type: ignore[operator]
             yield
             return
         with nullcontext() if share.last else self.accelerator.no_sync(model):
