@@ -25,6 +25,7 @@ _MAX_BYTES = 1 << 30  # a genome-wide map has about 3.3 M lines, 100 MB
 _END_POINTS = 100  # points at each end that give the slope beyond it
 _LEAST_RATE = 0.02  # cM per Mb of a whole contig; humans have about 1.2, and Morgans taken for cM would give 0.012
 _INSIDE_SHARE = 0.5  # a smaller share of the panel's sites inside the map's range is taken as another build
+_END_BP = 250_000  # how far from the end of its contig a map of the whole contig may stop
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class GeneticMap:
 
 
 def plain_contig(name: str) -> str:
-    """Contig name for comparison: without 'chr', and X for 23 (PLINK's number)."""
+    """Contig name for comparison: without 'chr'; X, Y and MT for their other names; RefSeq's NC_000001.10 is 1."""
     short = re.sub(r"^chr", "", str(name), flags=re.IGNORECASE)
-    return {"23": "X", "x": "X"}.get(short, short)
+    if refseq := re.fullmatch(r"NC_0000(\d\d)\.\d+", short):
+        short = str(int(refseq[1]))
+    return {"23": "X", "x": "X", "24": "Y", "y": "Y", "26": "MT", "M": "MT", "NC_012920.1": "MT"}.get(short, short)
 
 
 def same_contig(a: str, b: str) -> bool:
@@ -124,14 +127,15 @@ def read_maps(path: str | Path) -> dict[str, GeneticMap]:
 
 
 def choose_map(maps: Sequence[GeneticMap], contig: str, *, where: object = "") -> GeneticMap:
-    """The map of `contig`, with or without 'chr'.
+    """The map of `contig`, with or without 'chr'; that of X for PLINK's PAR1, PAR2 and XY.
 
     Raises:
         InputError: none of the maps is of this contig.
     """
-    for each in maps:
-        if same_contig(each.contig, contig):
-            return each
+    for wanted in (contig, "X") if plain_contig(contig) in ("PAR1", "PAR2", "XY", "25") else (contig,):
+        for each in maps:
+            if same_contig(each.contig, wanted):
+                return each
     known = ", ".join(f"'{each.contig}'" for each in maps[:5])
     raise InputError(
         f"a genetic map of contig '{contig}'", f"maps of {known or 'nothing'}", where, "the map of this chromosome"
@@ -146,31 +150,47 @@ def check_build(
     assembly: str | None = None,
     contig_length: int | None = None,
     where: object = "",
-) -> None:
-    """Raise InputError where map and sites cannot belong together.
+) -> str | None:
+    """Raise InputError where map and sites cannot belong together; else what could not be told, in one sentence, or None.
 
-    They cannot where the contigs differ; where the map goes on beyond the contig's end; where the build known for the sites
-    (by assembly name, or by the length of a human contig) differs from the one in the map's file name; and where less than
-    half of the sites lie between the map's first and last position. Two builds that differ by less than that, from files
-    that name neither build nor contig length, cannot be told apart here.
+    They cannot where the contigs differ; where a site or the map lies beyond the contig's end; where the build of the sites
+    differs from that of the map; and where less than half of the sites lie between the map's first and last position. The
+    build of the sites is known by the assembly's name, by the length of a human contig, or by a site that only one build
+    has room for; that of the map by its file name or by where it ends. Two builds that neither tells apart stay untold.
     """
     if not same_contig(own.contig, contig):
         raise InputError(f"a genetic map of contig '{contig}'", f"one of '{own.contig}'", where)
     hint = "a map of the same genome build (GRCh37 and GRCh38 differ)"
     first, last = int(own.position_bp[0]), int(own.position_bp[-1])
-    if contig_length and last > contig_length:
-        raise InputError(f"a map within {contig}'s {contig_length:,} bp", f"one up to {last:,}", where, hint)
-    of_sites = build_of_name(assembly) or build_of_length(contig, contig_length)
-    of_map = build_of_name(own.source)
+    position_bp = np.asarray(position_bp)
+    furthest = int(position_bp.max(initial=0))
+    named = build_of_name(assembly)
+    length = contig_length or length_of(contig, named)
+    if length and furthest > length:
+        stated = "the header's length" if contig_length else str(assembly)
+        raise InputError(
+            f"sites within the {length:,} bp of contig {contig} ({stated})", f"one at {furthest:,}", where,
+            "the header of the build that the sites are of",
+        )  # fmt: skip
+    if length and last > length:
+        raise InputError(f"a map within {contig}'s {length:,} bp", f"one up to {last:,}", where, hint)
+    of_length = build_of_length(contig, contig_length)
+    if named and of_length and named != of_length:
+        got = f"contig {contig} of {contig_length:,} bp ({of_length})"
+        raise InputError(f"a header of one build, {assembly}", got, where, "bcftools reheader -f REFERENCE.fa.fai")
+    of_sites = named or of_length or build_of_reach(contig, furthest)
+    of_map = build_of_name(own.source) or build_of_reach(contig, last, whole_from=first)
     if of_sites and of_map and of_sites != of_map:
         raise InputError(f"a {of_sites} map for {of_sites} sites", f"{own.source} ({of_map})", where, hint)
-    position_bp = np.asarray(position_bp)
     if len(position_bp) == 0:
-        return
+        return None
     inside = float(np.mean((position_bp >= first) & (position_bp <= last)))
     if inside < _INSIDE_SHARE:
-        sites = f"{len(position_bp)} sites at {int(position_bp.min()):,}-{int(position_bp.max()):,}"
+        sites = f"{len(position_bp)} sites at {int(position_bp.min()):,}-{furthest:,}"
         raise InputError(f"sites inside the map's {first:,}-{last:,}", f"{inside:.0%} of {sites} inside", where, hint)
+    if of_sites is None and of_map is not None and length_of(contig, of_map):
+        return f"the panel does not say of which build contig {contig} is; its map is of {of_map}"
+    return None
 
 
 # Lengths in bp of the human contigs, GRCh37.p13 and GRCh38.p14 (Genome Reference Consortium), 1-22, X.
@@ -198,11 +218,30 @@ def build_of_name(name: str | None) -> str | None:
 
 def build_of_length(contig: str, length: int | None) -> str | None:
     """Human genome build whose `contig` has exactly this length."""
+    return next((build for build in _LENGTHS if length and length_of(contig, build) == length), None)
+
+
+def length_of(contig: str, build: str | None) -> int | None:
+    """Length in bp of a human contig in "GRCh37" or "GRCh38"; None of other contigs or without a build."""
     name = plain_contig(contig)
     place = 22 if name == "X" else int(name) - 1 if name.isdigit() and 1 <= int(name) <= 22 else None
-    if place is None:
+    return None if place is None or build is None else _LENGTHS[build][place]
+
+
+def build_of_reach(contig: str, last_bp: int, *, whole_from: int | None = None) -> str | None:
+    """Human build that alone has room for position `last_bp` of `contig`.
+
+    Args:
+        whole_from: first position of a map that ends at `last_bp`. One that spans at least half of the contig is taken to run
+            to its end: it is of the build that ends within 250 kb of it, where only one does.
+    """
+    lengths = {build: length for build in _LENGTHS if (length := length_of(contig, build)) and length >= last_bp}
+    if len(lengths) == 1 and length_of(contig, "GRCh37") is not None:
+        return next(iter(lengths))
+    if whole_from is None or not lengths or last_bp - whole_from < 0.5 * max(lengths.values()):
         return None
-    return next((build for build, lengths in _LENGTHS.items() if lengths[place] == length), None)
+    near = [build for build, length in lengths.items() if length - last_bp <= _END_BP]
+    return near[0] if len(near) == 1 else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -144,6 +144,16 @@ def is_phased(block: Block) -> bool:
     return not bool(((first >= 0) & (second >= 0) & (first != second) & ~block.phased_bs).any())
 
 
+def unphased_samples(path: Path) -> list[str]:
+    """Names of the samples with a called heterozygote that is unphased, in the file's order. Raises InputError as `read`."""
+    structure = vcf_structure.inspect(path)
+    found_s = np.zeros(len(structure.header.samples), dtype=bool)
+    for block in blocks(path, structure):
+        first, second = block.alleles_bsp[:, :, 0], block.alleles_bsp[:, :, 1]
+        found_s |= ((first >= 0) & (second >= 0) & (first != second) & ~block.phased_bs).any(axis=0)
+    return [name for name, found in zip(structure.header.samples, found_s.tolist()) if found]
+
+
 def blocks(
     path: Path,
     structure: vcf_structure.Structure,

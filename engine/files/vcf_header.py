@@ -1,12 +1,16 @@
-"""Headers of VCF and BCF: samples, contigs, dictionaries, and remarks on definitions that do not follow the specification.
+"""Headers of VCF and BCF: samples, contigs, dictionaries, and remarks on definitions that do not follow the
+specification.
 
-`parse` takes what reading needs and raises; `judge` and `judge_record` only remark. Reserved keys: VCF 4.3, tables 1 and 2.
+`parse` takes what reading needs and raises, `read` does so for a file; `judge` and `judge_record` only remark. Reserved
+keys: VCF 4.3, tables 1 and 2.
 """
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +42,7 @@ _RESERVED = {
 }  # fmt: skip
 
 _MAX_INDEX = 10_000_000  # htslib allocates a table of this length
+_MAX_BYTES = 256 << 20  # of a header
 
 Note = Callable[[str], None]
 
@@ -139,6 +144,42 @@ def parse(lines: list[bytes], path: Path) -> Header:
     elif not assemblies:
         made.assembly = build_of_name(reference) if reference and "/" in reference else reference
     return made
+
+
+def read(path: Path) -> tuple[Header, str | None]:
+    """Header of a VCF or BCF, and the contig of its first record where that can be told; the rest of the file is not
+    looked at.
+
+    Raises:
+        InputError: as `parse`, or a file whose beginning cannot be read.
+    """
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            if stream.read(3) == b"BCF":
+                size = int.from_bytes(stream.read(6)[2:], "little")
+                if size > _MAX_BYTES:
+                    raise InputError("a header of at most 256 MiB", f"{size:,} bytes", path)
+                made = parse(stream.read(size).rstrip(b"\0").rstrip(b"\n").split(b"\n"), path)
+                record = stream.read(12)
+                index = int.from_bytes(record[8:], "little") if len(record) == 12 else -1
+                return made, made.contig_of_index.get(index)
+            stream.seek(0)
+            lines: list[bytes] = []
+            size = 0
+            while not (lines and lines[-1].startswith(b"#CHROM")):
+                line = stream.readline(_MAX_BYTES)
+                size += len(line)
+                if not line.startswith(b"#") or size >= _MAX_BYTES:
+                    raise InputError("a header that ends in #CHROM", repr(line[:40]), path)
+                lines.append(line.rstrip(b"\r\n"))
+            first = stream.read(256).partition(b"\t")[0].decode("utf-8", "replace")
+            return parse(lines, path), first or None
+    except FileNotFoundError:
+        raise InputError("a VCF or BCF file", "no such file", path) from None
+    except (OSError, EOFError, zlib.error) as fault:
+        raise InputError("a readable file", str(fault), path) from None
 
 
 def judge(header: Header, note: Note) -> None:

@@ -1,4 +1,5 @@
-"""`HaplotypePanel`: phased haplotypes as packed bits with their sites and samples, the one value that genomics passes on.
+"""`HaplotypePanel`: phased haplotypes as packed bits with their sites and samples, the one value that genomics passes
+on.
 
 Reading and writing of formats is left to `engine.files`; this module adds genetic positions, groups and sexes, and cuts
 panels by site or sample. Memory is about `haplotypes * sites / 8` bytes.
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from engine.atomic import write_text
-from engine.errors import InputError, UsageError
-from engine.files import genetic_map, genotype_files, genotypes
+from engine.errors import InputError, UsageError, closest
+from engine.files import genetic_map, genotype_files, genotypes, ploidy
 from engine.files.genotypes import GenotypeData
 from engine.kernels import bits
 
@@ -53,7 +54,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class HaplotypePanel:
-    """Packed haplotypes. `bits_lw` uint64 (L, ceil(N / 64)), 1 = ALT; `missing_lw` of the same shape or None."""
+    """Packed haplotypes. `bits_lw` uint64 (L, ceil(N / 64)), 1 = ALT; `missing_lw` of the same shape or None.
+
+    `hemizygous`: rows bool (L,) and samples bool (S,), men on X outside PAR, whose second haplotype is missing there;
+    None where nobody is. `notes`: what reading had to decide, one sentence each.
+    """
 
     bits_lw: np.ndarray
     missing_lw: np.ndarray | None
@@ -62,6 +67,8 @@ class HaplotypePanel:
     phased: bool = True
     contig_length: dict[str, int] = field(default_factory=dict)
     assembly: str | None = None
+    hemizygous: tuple[np.ndarray, np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def n_haplotypes(self) -> int:
@@ -125,6 +132,7 @@ class HaplotypePanel:
                     s.contig[at], s.position_bp[at], s.id[at], s.ref[at], s.alt[at], s.alt_index[at],
                     None if s.position_cm is None else s.position_cm[at],
                 ),
+                hemizygous=_present(None if made.hemizygous is None else (made.hemizygous[0][at], made.hemizygous[1])),
             )  # fmt: skip
         if samples is not None:
             chosen = self._sample_indices(samples)
@@ -140,6 +148,9 @@ class HaplotypePanel:
                     None if self.samples.sex is None else self.samples.sex[chosen],
                     first,
                 ),
+                hemizygous=_present(
+                    None if made.hemizygous is None else (made.hemizygous[0], made.hemizygous[1][chosen])
+                ),
             )
         return made
 
@@ -153,6 +164,11 @@ class HaplotypePanel:
                 raise UsageError("sample ids of the panel", f"'{absent[0]}' ({len(absent)} not found)", "select")
             return np.array([place[name] for name in samples], dtype=np.int64)
         return _indices(samples, self.n_samples, "samples")
+
+
+def _present(hemizygous: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """None where no row or no sample is left of it."""
+    return hemizygous if hemizygous is not None and hemizygous[0].any() and hemizygous[1].any() else None
 
 
 def _indices(selection: Selection, size: int, what: str) -> np.ndarray:
@@ -172,37 +188,79 @@ def read_panel(
     *,
     map: str | Path | genetic_map.GeneticMap | Sequence[str | Path] | None = None,
     samples_tsv: str | Path | None = None,
+    group_column: str | None = None,
     region: str | None = None,
 ) -> HaplotypePanel:
-    """Read a panel from .vcf, .vcf.gz, .bcf or .pgen.
+    """Read a panel from .vcf, .vcf.gz, .bcf, .pgen, .vcz or .haps.
+
+    Maps, the samples table and the file's header are compared before genotypes are read.
 
     Args:
         map: genetic map, or maps of several contigs; every contig of the panel must have one. Gives `position_cm`.
         samples_tsv: table of sample, group and sex (see `read_samples`); every sample of the panel must be in it.
+        group_column: column of that table that holds the groups; None takes the usual names.
         region: "contig" or "contig:first-last", 1-based inclusive.
 
     Raises:
         InputError: the file cannot be read or has no samples, the map is of another contig or build, a sample is not in
-            the table. Unphased and missing genotypes are read; `phased` and `missing_lw` say so.
+            the table, or sexes, ploidy and build do not fit on X (`engine.files.ploidy`). Unphased and missing
+            genotypes are read; `phased` and `missing_lw` say so.
     """
     path = Path(path)
+    maps = _maps(map)
+    group = sex = None
+    if not path.name.endswith((".pgen", ".vcz", ".haps", ".haps.gz")):
+        _check_header(path, maps, region, samples_tsv, group_column)
     data = genotype_files.read_genotypes(path, region=region)
     if not data.sample_ids:
         raise InputError("genotypes of at least one sample", "none", path, "a file with sample columns")
     if data.n_sites == 0:
         raise InputError("at least one site", "none", path, "another region" if region else "a file with records")
-    panel = panel_from_genotypes(data)
-    if map is not None:
-        position_cm = _positions_cm(panel, map, path)
-        panel = replace(panel, sites=replace(panel.sites, position_cm=position_cm))
     if samples_tsv is not None:
-        group, sex = read_samples(samples_tsv, panel.samples.ids)
-        panel = replace(panel, samples=replace(panel.samples, group=group, sex=sex))
-    return panel
+        group, sex = read_samples(samples_tsv, data.sample_ids, group_column=group_column)
+    stated = sex if sex is not None or path.suffix != ".pgen" else ploidy.sex_of_psam(path.with_suffix(".psam"))
+    data = ploidy.mark(data, sex=stated, where=path)
+    panel = panel_from_genotypes(data)
+    if maps:
+        position_cm, notes = _positions_cm(panel, maps, path)
+        panel = replace(panel, sites=replace(panel.sites, position_cm=position_cm), notes=(*panel.notes, *notes))
+    sex = stated if sex is None else sex
+    if sex is None and data.hemizygous is not None:
+        sex = np.where(data.hemizygous[1], "male", "female")
+    elif sex is None and ploidy.is_x(data.contig).all() and (np.diff(data.haplotypes_of_sample) == 1).any():
+        sex = np.where(np.diff(data.haplotypes_of_sample) == 1, "male", "female")
+    return replace(panel, samples=replace(panel.samples, group=group, sex=sex))
+
+
+def _maps(given: Any) -> list[genetic_map.GeneticMap]:
+    if given is None:
+        return []
+    if isinstance(given, genetic_map.GeneticMap):
+        return [given]
+    files = [given] if isinstance(given, str | Path) else list(given)
+    return [each for file in files for each in genetic_map.read_maps(file).values()]
+
+
+def _check_header(
+    path: Path, maps: list[genetic_map.GeneticMap], region: str | None, samples_tsv: Any, group_column: str | None
+) -> None:
+    """What a header alone shows to be wrong: samples without a row in the table, a map of another contig or build."""
+    from engine.files import vcf_header
+
+    header, contig = vcf_header.read(path)
+    if region is not None:
+        contig = next((name for name in header.contigs if region == name or region.startswith(f"{name}:")), None)
+    if samples_tsv is not None:
+        read_samples(samples_tsv, header.samples, group_column=group_column)
+    if maps and contig is not None:
+        own = genetic_map.choose_map(maps, contig, where=path)
+        genetic_map.check_build(
+            own, contig, np.zeros(0), assembly=header.assembly, contig_length=header.contig_length.get(contig), where=path
+        )  # fmt: skip
 
 
 def write_panel(panel: HaplotypePanel, path: str | Path, *, header_lines: Sequence[str] = ()) -> None:
-    """Write a panel as .bcf, .vcf.gz (with index) or .pgen (with .pvar and .psam), whole or absent.
+    """Write a panel in one of the formats of `engine.files.genotype_files`, whole or absent.
 
     Args:
         header_lines: extra `##key=value` lines, e.g. the statement that the data are synthetic.
@@ -211,7 +269,10 @@ def write_panel(panel: HaplotypePanel, path: str | Path, *, header_lines: Sequen
         UsageError: another suffix.
         InputError: the panel cannot be written in this format, with the site.
     """
+    path = Path(path)
     data = genotypes_from_panel(panel)
+    if path.name.endswith((".pgen", ".bed")):
+        data = ploidy.with_par_contigs(data)
     genotype_files.write_genotypes(path, data, header_lines=list(header_lines), sex=panel.samples.sex)
 
 
@@ -220,8 +281,9 @@ def panel_from_genotypes(data: GenotypeData) -> HaplotypePanel:
     sites = Sites(data.contig, data.position_bp, data.id, data.ref, data.alt, data.alt_index)
     samples = Samples(list(data.sample_ids), None, None, data.haplotypes_of_sample)
     return HaplotypePanel(
-        data.bits_lw, data.missing_lw, sites, samples, data.phased, dict(data.contig_length), data.assembly
-    )
+        data.bits_lw, data.missing_lw, sites, samples, data.phased, dict(data.contig_length), data.assembly,
+        data.hemizygous, tuple(data.notes),
+    )  # fmt: skip
 
 
 def genotypes_from_panel(panel: HaplotypePanel) -> GenotypeData:
@@ -230,6 +292,7 @@ def genotypes_from_panel(panel: HaplotypePanel) -> GenotypeData:
     return GenotypeData(
         panel.bits_lw, panel.n_haplotypes, panel.missing_lw, panel.phased, s.contig, s.position_bp, s.id, s.ref, s.alt,
         s.alt_index, list(panel.samples.ids), panel.samples.first_haplotype, dict(panel.contig_length), panel.assembly,
+        list(panel.notes), panel.hemizygous,
     )  # fmt: skip
 
 
@@ -300,27 +363,36 @@ def panel_from_alleles(
     )
 
 
-def read_samples(path: str | Path, wanted: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Group and sex of the `wanted` samples from a tab-separated table with a header.
+def read_samples(
+    path: str | Path, wanted: Sequence[str], *, group_column: str | None = None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Group and sex of the `wanted` samples from a table with a header, separated by tabs, else commas, else blanks.
 
-    The first column is the sample id. The group is column `group`, else `pop`, else `super_pop`; the sex is `sex` or
-    `gender` (male / female, M / F, 1 / 2). Rows of other samples are ignored.
+    The sample id is column `sample`, `iid`, `id` or `sample_id`, else the first. The group is `group_column`, else
+    `group`, `pop` or `super_pop`, in this order; the sex is `sex` or `gender` (male / female, M / F, 1 / 2). Names of
+    columns are compared without regard to case and a leading `#`. Rows of other samples are ignored.
 
     Raises:
         InputError: a wanted sample is absent or listed twice with different values, or the table has no group column.
     """
     rows: dict[str, list[str]] = {}
     with open(path, encoding="utf-8", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t")
+        first = stream.readline()
+        stream.seek(0)
+        mark = next((each for each in "\t," if each in first), None)
+        reader: Any = (line.split() for line in stream) if mark is None else csv.reader(stream, delimiter=mark)
         header = [name.strip().lstrip("#").lower() for name in next(reader, [])]
         if len(header) < 2:
-            raise InputError("a tab-separated header such as 'sample<TAB>group'", f"{header}", path)
+            raise InputError("a header such as 'sample<TAB>group'", f"{header}", path)
+        id_at = next((header.index(name) for name in ("sample", "iid", "id", "sample_id") if name in header), 0)
         for number, row in enumerate(reader, start=2):
             row = [cell.strip() for cell in row]
-            if not row or not row[0]:
+            if len(row) <= id_at or not row[id_at]:
                 continue
-            if rows.setdefault(row[0], row) != row:
-                raise InputError("one row per sample", f"'{row[0]}' again with other values", f"{path}, line {number}")
+            if rows.setdefault(row[id_at], row) != row:
+                raise InputError(
+                    "one row per sample", f"'{row[id_at]}' again with other values", f"{path}, line {number}"
+                )
     absent = [name for name in wanted if name not in rows]
     if absent:
         raise InputError(
@@ -330,14 +402,17 @@ def read_samples(path: str | Path, wanted: Sequence[str]) -> tuple[np.ndarray | 
 
     def column(*names: str) -> list[str] | None:
         for name in names:
-            if name in header[1:]:
-                at = header.index(name, 1)
-                return [rows[sample][at] if at < len(rows[sample]) else "" for sample in wanted]
+            places = [at for at, each in enumerate(header) if each == name and at != id_at]
+            if places:
+                return [rows[sample][places[0]] if places[0] < len(rows[sample]) else "" for sample in wanted]
         return None
 
-    group = column("group", "pop", "super_pop")
+    known = [name for at, name in enumerate(header) if name and at != id_at]
+    group = column("group", "pop", "super_pop") if group_column is None else column(group_column.lstrip("#").lower())
+    if group is None and group_column is not None:
+        raise InputError(f"a column '{group_column}'", ", ".join(known), path, closest(group_column.lower(), known))
     if group is None:
-        raise InputError("a column 'group', 'pop' or 'super_pop'", ", ".join(header), path)
+        raise InputError("a column 'group', 'pop' or 'super_pop'", ", ".join(known), path, f"--group-column {known[0]}")
     if "" in group:
         raise InputError("a group for every sample", f"none for '{wanted[group.index('')]}'", path)
     sex = column("sex", "gender")
@@ -362,19 +437,16 @@ def write_samples(panel: HaplotypePanel, path: str | Path) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _positions_cm(panel: HaplotypePanel, given: Any, path: Path) -> np.ndarray:
-    """Genetic position of every site; each contig must have a map that covers it."""
-    if isinstance(given, genetic_map.GeneticMap):
-        maps = [given]
-    else:
-        files = [given] if isinstance(given, str | Path) else list(given)
-        maps = [each for file in files for each in genetic_map.read_maps(file).values()]
-    position_cm = np.empty(panel.n_sites, dtype=np.float64)
+def _positions_cm(
+    panel: HaplotypePanel, maps: list[genetic_map.GeneticMap], path: Path
+) -> tuple[np.ndarray, list[str]]:
+    """Genetic position of every site, and what could not be told; each contig must have a map that covers it."""
+    position_cm, notes = np.empty(panel.n_sites, dtype=np.float64), []
     contig_l = panel.sites.contig
     for contig in dict.fromkeys(contig_l.tolist()):
         at = contig_l == contig
         own = genetic_map.choose_map(maps, contig, where=path)
-        genetic_map.check_build(
+        note = genetic_map.check_build(
             own,
             contig,
             panel.sites.position_bp[at],
@@ -382,5 +454,6 @@ def _positions_cm(panel: HaplotypePanel, given: Any, path: Path) -> np.ndarray:
             contig_length=panel.contig_length.get(contig),
             where=path,
         )
+        notes += [note] if note else []
         position_cm[at] = own.interpolate(panel.sites.position_bp[at])
-    return position_cm
+    return position_cm, notes

@@ -29,7 +29,7 @@ _TENSORS = {
     "mismatch_l": np.float64, "group_of_haplotype_k": np.int32, "first_haplotype": np.int64, "contig": np.uint8,
     "id": np.uint8, "ref": np.uint8, "alt": np.uint8, "sample_ids": np.uint8,
 }  # fmt: skip
-_OPTIONAL = {"position_cm": np.float64, "sample_group": np.uint8}
+_OPTIONAL = {"position_cm": np.float64, "sample_group": np.uint8, "sample_sex": np.uint8}
 _SETTINGS = ("schema", "contig_length", "assembly", "group_names", "warnings")
 
 
@@ -46,6 +46,8 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
         tensors["position_cm"] = model.sites.position_cm
     if model.samples.group is not None:
         tensors["sample_group"] = _text(model.samples.group)
+    if model.samples.sex is not None:
+        tensors["sample_sex"] = _text(model.samples.sex)
     settings = {
         "schema": SCHEMA, "contig_length": model.contig_length, "assembly": model.assembly,
         "group_names": model.group_names, "warnings": model.warnings,
@@ -99,7 +101,7 @@ def load(run_folder: str | Path) -> LiStephens:
         config = load_config(run_folder / "config.yaml")
     except EngineError as error:
         raise CorruptRun("the config that was written", str(error), run_folder / "config.yaml") from None
-    group = tensors.get("sample_group")
+    group, sex = tensors.get("sample_group"), tensors.get("sample_sex")
     sites = Sites(
         np.array(_lines(tensors["contig"]), dtype=str), tensors["position_bp"], _objects(tensors["id"]),
         _objects(tensors["ref"]), _objects(tensors["alt"]), tensors["alt_index"], tensors.get("position_cm"),
@@ -107,7 +109,7 @@ def load(run_folder: str | Path) -> LiStephens:
     samples = Samples(
         _lines(tensors["sample_ids"]),
         None if group is None else np.array(_lines(group), dtype=str),
-        None,
+        None if sex is None else np.array(_lines(sex), dtype=str),
         tensors["first_haplotype"],
     )
     return LiStephens(

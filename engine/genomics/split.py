@@ -34,7 +34,13 @@ def held_out(panel: HaplotypePanel, share: float, seed: int) -> np.ndarray:
 
 
 def split_command(
-    panel_path: str | Path, *, out: str | Path, samples: str | Path | None = None, holdout: float = 0.2, seed: int = 0
+    panel_path: str | Path,
+    *,
+    out: str | Path,
+    samples: str | Path | None = None,
+    group_column: str | None = None,
+    holdout: float = 0.2,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Write `train.bcf` and `holdout.bcf` with indices into the new folder `out`.
 
@@ -44,7 +50,7 @@ def split_command(
     Raises:
         UsageError: `holdout` leaves a side without people, or `out` exists. InputError: the panel cannot be used.
     """
-    panel = read_panel(panel_path, samples_tsv=samples)
+    panel = read_panel(panel_path, samples_tsv=samples, group_column=group_column)
     chosen = held_out(panel, holdout, seed)
     if chosen.all() or not chosen.any():
         raise UsageError("people on both sides", f"{int(chosen.sum())} of {len(chosen)} held out", "--holdout")
