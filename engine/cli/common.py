@@ -33,6 +33,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     raise UsageError("--shard i/k with 0 <= i < k, e.g. 0/4", repr(text), "--shard")
 
 
+def parse_range(text: str) -> tuple[float, float]:
+    """`"FROM:TO"` as two numbers, `inf` and `-inf` allowed."""
+    low, colon, high = text.partition(":")
+    try:
+        made = float(low), float(high)
+    except ValueError:
+        made = 1.0, 0.0
+    if not colon or not made[0] < made[1]:
+        raise UsageError("FROM:TO with FROM below TO, e.g. 1.5:inf", repr(text), "range")
+    return made
+
+
 def parse_assignments(pairs: list[str] | None) -> dict[str, str]:
     """`["age=70", "sex=F"]` as a dict of strings."""
     found: dict[str, str] = {}

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from engine.cli.common import JsonFlag, Out, Overrides, Seed, Shard, emit, finding_lines, parse_shard, progress_bar
+from engine.cli.common import (
+    JsonFlag,
+    Out,
+    Overrides,
+    Seed,
+    Shard,
+    emit,
+    finding_lines,
+    parse_range,
+    parse_shard,
+    progress_bar,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help="Phased genotypes: fit a model to a panel, sample people, score, evaluate."
@@ -20,6 +31,9 @@ Map = Annotated[
 SamplesTable = Annotated[
     Path | None, typer.Option("--samples", help="TSV: sample id, then a column `group` (or pop); sex optional.")
 ]
+GroupColumn = Annotated[
+    str | None, typer.Option("--group-column", help="Column of the samples table that holds the groups.")
+]
 
 
 @app.command()
@@ -27,6 +41,7 @@ def split(
     panel: Panel,
     out: Out,
     samples: SamplesTable = None,
+    group_column: GroupColumn = None,
     holdout: Annotated[
         float, typer.Option("--holdout", min=0.0, max=1.0, help="Share of the people of each group.")
     ] = 0.2,
@@ -36,7 +51,8 @@ def split(
     """Cut a panel by person into train.bcf and holdout.bcf."""
     from engine.genomics.split import split_command
 
-    emit(split_command(panel, out=out, samples=samples, holdout=holdout, seed=seed), json)
+    made = split_command(panel, out=out, samples=samples, group_column=group_column, holdout=holdout, seed=seed)
+    emit(made, json)
 
 
 @app.command()
@@ -45,6 +61,7 @@ def fit(
     out: Out,
     map: Map = None,
     samples: SamplesTable = None,
+    group_column: GroupColumn = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML, see configs/genomics/.")] = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
@@ -54,7 +71,14 @@ def fit(
 
     with progress_bar() as progress:
         result = fit_command(
-            panel, map=map, samples=samples, config=config, overrides=overrides or [], out=out, progress=progress
+            panel,
+            map=map,
+            samples=samples,
+            group_column=group_column,
+            config=config,
+            overrides=overrides or [],
+            out=out,
+            progress=progress,
         )
     emit(result, json)
 
@@ -66,6 +90,24 @@ def sample(
     out: Annotated[Path, typer.Option("--out", help="FILE.bcf, .vcf.gz, .pgen, .vcz, .haps or .bed.")],
     group: Annotated[
         str | None, typer.Option("--group", help="Only this group; default: groups in the panel's proportions.")
+    ] = None,
+    admix: Annotated[
+        str | None,
+        typer.Option("--admix", help="Admixed people: AFR=0.8,EUR=0.2 with --generations, or a YAML of pulses."),
+    ] = None,
+    generations: Annotated[
+        float | None, typer.Option("--generations", help="Generations since the admixture began.")
+    ] = None,
+    sex: Annotated[str | None, typer.Option("--sex", help="male or female; default: as in the panel.")] = None,
+    phenotype: Annotated[
+        Path | None, typer.Option("--phenotype", help="TRAIT.json of `engine genomics phenotype`: phenotypes for all.")
+    ] = None,
+    case_fraction: Annotated[
+        float | None, typer.Option("--case-fraction", min=0.0, max=1.0, help="Share of cases among the people.")
+    ] = None,
+    prs_range: Annotated[
+        str | None,
+        typer.Option("--prs-range", help="FROM:TO, scores wanted, in their standard deviations (inf allowed)."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the seed of the run's config.")] = None,
     shard: Shard = "0/1",
@@ -79,8 +121,76 @@ def sample(
 
     with progress_bar() as progress:
         result = sample_command(
-            run, n, group=group, seed=seed, shard=parse_shard(shard), shard_by=shard_by, out=out, progress=progress
+            run,
+            n,
+            group=group,
+            admix=admix,
+            generations=generations,
+            sex=sex,
+            phenotype=phenotype,
+            case_fraction=case_fraction,
+            prs_range=None if prs_range is None else parse_range(prs_range),
+            seed=seed,
+            shard=parse_shard(shard),
+            shard_by=shard_by,
+            out=out,
+            progress=progress,
         )
+    emit(result, json)
+
+
+@app.command()
+def phenotype(
+    panel: Panel,
+    out: Annotated[Path, typer.Option("--out", help="FILE.tsv, for plink2 --pheno.")],
+    trait: Annotated[Path | None, typer.Option("--trait", help="A trait made before (FILE.trait.json).")] = None,
+    effects: Annotated[
+        Path | None,
+        typer.Option("--effects", help="TSV of causal sites: id (or contig, position), beta, optionally a1."),
+    ] = None,
+    causal: Annotated[int, typer.Option("--causal", min=1, help="Causal sites to draw, without --effects.")] = 100,
+    heritability: Annotated[
+        float | None, typer.Option("--heritability", help="Variance of the score; default 0.5, or that of --effects.")
+    ] = None,
+    prevalence: Annotated[
+        float | None, typer.Option("--prevalence", help="Share of cases; without it the trait is quantitative.")
+    ] = None,
+    case_fraction: Annotated[
+        float | None, typer.Option("--case-fraction", min=0.0, max=1.0, help="Keep people with this share of cases.")
+    ] = None,
+    people: Annotated[
+        int | None, typer.Option("--people", min=1, help="How many to keep, with --case-fraction.")
+    ] = None,
+    covariates: Annotated[Path | None, typer.Option("--covariates", help="TSV: sample id, then columns.")] = None,
+    covariate: Annotated[
+        list[str] | None, typer.Option("--covariate", help="COLUMN=effect on the liability per standard deviation.")
+    ] = None,
+    min_maf: Annotated[float, typer.Option("--min-maf", help="Of causal sites that are drawn.")] = 0.01,
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Effects grow as (2 p (1 - p))^(alpha / 2); -1: per standardised genotype.")
+    ] = -1.0,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Simulate an additive phenotype on a panel, real or synthetic: liabilities, cases, polygenic scores."""
+    from engine.genomics.phenotype_command import phenotype_command
+
+    result = phenotype_command(
+        panel,
+        out=out,
+        trait=trait,
+        effects=effects,
+        causal=causal,
+        heritability=heritability,
+        prevalence=prevalence,
+        case_fraction=case_fraction,
+        people=people,
+        covariates=covariates,
+        covariate_effects=covariate or [],
+        min_maf=min_maf,
+        alpha=alpha,
+        seed=seed,
+    )
     emit(result, json)
 
 

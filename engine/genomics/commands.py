@@ -18,10 +18,12 @@ import numpy as np
 from engine import __version__, atomic, provenance
 from engine.errors import InputError, UsageError
 from engine.files import genotype_files
-from engine.genomics import li_stephens, run_folder, stream
+from engine.genomics import admixture, li_stephens, people, run_folder, sex_chromosomes, stream
 from engine.genomics.evaluate import evaluate
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_samples
+from engine.genomics.phenotypes import load_trait
+from engine.genomics.reference import as_reference
 from engine.kernels import bits
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -33,11 +35,15 @@ def fit_command(
     out: str | Path,
     map: str | Path | Sequence[str | Path] | None = None,
     samples: str | Path | None = None,
+    group_column: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fit the copying model to a panel file and write the run folder `out`.
+
+    Args:
+        group_column: column of the samples table that holds the groups; None takes the usual names.
 
     Returns:
         {"run", "model", "haplotypes", "sites", "groups": name -> haplotypes, "warnings"}.
@@ -51,9 +57,11 @@ def fit_command(
             "a folder that does not exist yet", "an existing one", out, "another --out, or remove it first"
         )
     _tell(progress, "reading panel", 0, 2)
-    panel = read_panel(panel_path, map=map, samples_tsv=samples)
+    panel = read_panel(panel_path, map=map, samples_tsv=samples, group_column=group_column)
+    panel = as_reference(panel, settings, where=panel_path)
     _tell(progress, "writing run", 1, 2)
     model = li_stephens.fit(panel, settings)
+    model.warnings.extend(panel.notes)
     maps = [] if map is None else [map] if isinstance(map, str | Path) else list(map)
     model.save(out, inputs=[panel_path, *maps, *([] if samples is None else [samples])])
     _tell(progress, "writing run", 2, 2)
@@ -74,6 +82,12 @@ def sample_command(
     *,
     out: str | Path,
     group: str | None = None,
+    admix: str | None = None,
+    generations: float | None = None,
+    sex: str | None = None,
+    phenotype: str | Path | None = None,
+    case_fraction: float | None = None,
+    prs_range: tuple[float, float] | None = None,
     seed: int | None = None,
     shard: tuple[int, int] = (0, 1),
     shard_by: str = "people",
@@ -86,6 +100,11 @@ def sample_command(
     Args:
         n: people over all shards.
         group: all people of this group; None draws groups in the panel's proportions.
+        admix, generations: admixed people, "GROUP=share,GROUP=share" and how long ago, or a YAML file of pulses
+            (`admixture.parse`); their local ancestry goes to `out`.bp.
+        sex: "male" or "female" for all; None draws it in the panel's proportions where the model has X.
+        phenotype: a trait (`engine genomics phenotype`); everybody's goes to `out`.pheno.tsv. `case_fraction` and
+            `prs_range`, in standard deviations of the score, ask for people by it (`people.Request`).
         seed: None takes the seed of the run's config.
         shard: (i, k), 0 <= i < k, of people or sites. `finish_command` joins shards.
         shard_by: "people": people i*n//k .. (i+1)*n//k - 1 as a file of their own, `shard_path(out, i, k)`; one that is
@@ -93,10 +112,12 @@ def sample_command(
             at some of the sites, as parts of `out` itself, which are joined by copying: for large files.
 
     Returns:
-        {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}.
+        {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}, and where asked for
+        "ancestry": source -> mean share, "acceptance": share of candidates that were what was asked for, "cases",
+        "mean_prs_sd".
 
     Raises:
-        UsageError: bad n, shard, group or suffix, or `out` exists. CorruptRun: the run folder is not whole.
+        UsageError: bad n, shard, group, request or suffix, or `out` exists. CorruptRun: the run folder is not whole.
     """
     index, count = shard
     if n < 1 or not 0 <= index < count:
@@ -113,6 +134,17 @@ def sample_command(
         "model_sha256": run_folder.checksum(run), "people": n, "group": group,
         "shard": [0, 1] if by_sites else [index, count], "first_person": first, "stop_person": stop,
     }  # fmt: skip
+    wanted = people.Request(
+        group, None if admix is None else admixture.parse(admix, generations), sex,
+        None if phenotype is None else load_trait(phenotype), case_fraction, prs_range,
+    ).checked()  # fmt: skip
+    if admix is None and generations is not None:
+        raise UsageError("--admix with --generations", "--generations alone", "sample", "--admix AFR=0.8,EUR=0.2")
+    if not wanted.is_plain:
+        request["asked"] = wanted.to_json()
+    in_words = not wanted.is_plain or sex_chromosomes.has_x(model)
+    if in_words and by_sites:
+        raise UsageError("--shard-by people for X, --admix, --sex and --phenotype", "sites", "sample")
     warnings = [*model.warnings, *genotype_files.lost(target)]
     if count > 1 and _is_whole(target, request, seed):
         return _sampled(target, model.n_sites, read_groups(target), stop - first, True, warnings)
@@ -123,14 +155,22 @@ def sample_command(
     if target.exists():
         genotype_files.remove(target)  # a shard without its record
     tell = lambda what: None if progress is None else lambda done, total: progress(what, done, total)  # noqa: E731
-    source = stream.source(model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"))
+    told: dict[str, object] = {}
+    if in_words:
+        drawn = people.draw(model, stop - first, wanted, seed=seed, start=first, progress=tell("drawing"))
+        source = people.source(model, drawn, wanted, target, seed=seed, start=first)
+        people.write_beside(drawn, target, start=first)
+        told = people.summary(model, drawn, wanted)
+    else:
+        source = stream.source(model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"))
     record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
     job = stream.Job(target, source.layout(_header_lines(request, seed)), source.groups, record)
     stream.start(job)
     written = stream.write_parts(job, source.rows, shard=shard if by_sites else (0, 1), progress=tell("writing"))
     if not by_sites:
         _finish(job)
-    return _sampled(target, model.n_sites, source.groups.tolist(), stop - first, not written and by_sites, warnings)
+    made = _sampled(target, model.n_sites, source.groups.tolist(), stop - first, not written and by_sites, warnings)
+    return made | {"haplotypes": source.head.n_haplotypes} | told
 
 
 def finish_command(out: str | Path, count: int, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -148,12 +188,13 @@ def finish_command(out: str | Path, count: int, *, progress: Progress | None = N
     job = stream.load(out)
     if job is None or job.record.get("joined_shards"):
         job = _join_people(out, count, progress)
-    people, sites = len(job.layout.head.sample_ids), job.layout.head.n_sites
+    count_people, sites = len(job.layout.head.sample_ids), job.layout.head.n_sites
     _tell(progress, "joining", 0, 1)
     _finish(job)
     _tell(progress, "joining", 1, 1)
     groups = [] if job.groups is None else job.groups.tolist()
-    return _sampled(out, sites, groups, people, False, job.record["warnings"])
+    made = _sampled(out, sites, groups, count_people, False, job.record["warnings"])
+    return made | {"haplotypes": job.layout.head.n_haplotypes}
 
 
 def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job:
@@ -166,27 +207,31 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
         if not path.exists() or not _beside(path, "provenance.json").exists():
             raise InputError(f"all {count} shards", f"no shard {index}", path, f"--shard {index}/{count}")
         record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
-        same = ("model_sha256", "people", "group")
+        same = ("model_sha256", "people", "group", "asked")
         if record["sha256"] != provenance.input_record(path)["sha256"]:
             raise InputError("the file that its provenance describes", "another", path, "making this shard again")
-        if records and any(record["request"][key] != records[0]["request"][key] for key in same):
-            raise InputError("shards of one request", "another model, n or group", path, "removing the stale shard")
+        if records and any(record["request"].get(key) != records[0]["request"].get(key) for key in same):
+            raise InputError(
+                "shards of one request", "another model, n, group or wish", path, "removing the stale shard"
+            )
         if records and record["seed"] != records[0]["seed"]:
             raise InputError(f"seed {records[0]['seed']}", str(record["seed"]), path, "removing the stale shard")
         records.append(record)
         if record["request"]["stop_person"] > record["request"]["first_person"]:
-            panels.append(read_panel(path))
+            panels.append(read_panel(path, samples_tsv=_beside(path, "samples.tsv")))
             groups += read_groups(path)
         _tell(progress, "reading shards", index + 1, count)
     joined = concatenate(panels)
-    people, seed = records[0]["request"]["people"], records[0]["seed"]
-    request = {**records[0]["request"], "shard": [0, 1], "first_person": 0, "stop_person": people}
+    seed = records[0]["seed"]
+    request = {**records[0]["request"], "shard": [0, 1], "first_person": 0}
+    request["stop_person"] = request["people"]
     record = {key: records[0][key] for key in ("config", "warnings")} | {
         "request": request,
         "seed": seed,
         "joined_shards": count,
     }
-    source = stream.of_panel(replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str))))
+    people.join_beside([shard_path(out, index, count) for index in range(count)], out)
+    source = stream.of_panel(replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str))), out)
     job = stream.Job(out, source.layout(_header_lines(request, seed)), source.groups, record)
     stream.start(job)
     stream.write_parts(job, source.rows)
@@ -209,7 +254,7 @@ def score_command(
     """
     model = li_stephens.load(run)
     nats_n = model.log_likelihood(
-        read_panel(panel), leave_one_out=leave_one_out, intersect=intersect,
+        sex_chromosomes.complete(read_panel(panel)), leave_one_out=leave_one_out, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("scoring", done, total),
     )  # fmt: skip
     if not np.isfinite(nats_n).all():
@@ -253,9 +298,10 @@ def evaluate_command(
         )
     inputs = [Path(path) for path in (real, synthetic, train, samples) if path is not None]
     table = _beside(Path(synthetic), "samples.tsv")
-    real_panel = read_panel(real, samples_tsv=samples)
-    synthetic_panel = read_panel(synthetic, samples_tsv=table if table.exists() else None)
-    train_panel = None if train is None else read_panel(train)
+    whole = sex_chromosomes.complete  # on X, haplotypes that run from end to end
+    real_panel = whole(read_panel(real, samples_tsv=samples))
+    synthetic_panel = whole(read_panel(synthetic, samples_tsv=table if table.exists() else None))
+    train_panel = None if train is None else whole(read_panel(train))
     made = evaluate(
         real_panel, synthetic_panel, train=train_panel, seed=seed, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("evaluating", done, total),
@@ -278,14 +324,14 @@ def shard_path(out: str | Path, index: int, count: int) -> Path:
 
 
 def concatenate(panels: Sequence[HaplotypePanel]) -> HaplotypePanel:
-    """All people of several panels with equal sites, in order; groups and sexes are not kept.
+    """All people of several panels with equal sites, in order, with their sexes; groups are not kept.
 
     Raises:
         InputError: the sites differ.
     """
     first = panels[0]
     if len(panels) == 1:
-        return replace(first, samples=replace(first.samples, group=None, sex=None))
+        return replace(first, samples=replace(first.samples, group=None))
     chosen = common_sites({f"panel {at}": panel.sites for at, panel in enumerate(panels)})
     offsets = np.concatenate([[0], np.cumsum([panel.n_haplotypes for panel in panels])])
     bits_lw = np.zeros((first.n_sites, bits.words(int(offsets[-1]))), dtype=np.uint64)
@@ -298,8 +344,13 @@ def concatenate(panels: Sequence[HaplotypePanel]) -> HaplotypePanel:
         bits_lw[start : start + block] = bits.pack(np.concatenate(parts, axis=1))
     ids = [name for panel in panels for name in panel.samples.ids]
     ploidy = np.concatenate([np.diff(panel.samples.first_haplotype) for panel in panels])
-    samples = Samples(ids, None, None, np.concatenate([[0], np.cumsum(ploidy)]).astype(np.int64))
-    return replace(first, bits_lw=bits_lw, missing_lw=None, samples=samples)
+    sexes = [np.full(len(p.samples.ids), "unknown") if p.samples.sex is None else p.samples.sex for p in panels]
+    sex = np.concatenate(sexes) if any(p.samples.sex is not None for p in panels) else None
+    samples = Samples(ids, None, sex, np.concatenate([[0], np.cumsum(ploidy)]).astype(np.int64))
+    alone = [np.zeros(len(p.samples.ids), bool) if p.hemizygous is None else p.hemizygous[1] for p in panels]
+    rows_l = next((p.hemizygous[0] for p in panels if p.hemizygous is not None), None)
+    hemizygous = None if rows_l is None else (rows_l, np.concatenate(alone))
+    return replace(first, bits_lw=bits_lw, missing_lw=None, samples=samples, hemizygous=hemizygous)
 
 
 def read_groups(path: str | Path) -> list[str]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from engine import atomic
 from engine.errors import InputError, UsageError
-from engine.files import genotype_files, genotypes
+from engine.files import genotype_files, genotypes, ploidy
 from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.genomics.panel import HaplotypePanel, Samples, genotypes_from_panel, panel_from_genotypes
 from engine.kernels import bits
@@ -122,7 +122,8 @@ def _blocks(layout: Layout, rows: Rows, first: int, stop: int) -> Iterator[Block
     for at in range(first, stop, step):
         start_r = layout.start_r[at : min(at + step, stop) + 1]
         low, high = int(start_r[0]), int(start_r[-1])
-        yield Block(genotypes.rows(layout.head, low, high, rows(low, high)), start_r - low, at)
+        cut = genotypes.rows(layout.head, low, high, rows(low, high))
+        yield Block(ploidy.with_absent(cut), start_r - low, at)
 
 
 def missing_parts(job: Job) -> list[int]:
@@ -182,6 +183,8 @@ def _save_layout(job: Job) -> None:
     }  # fmt: skip
     if job.groups is not None:
         held["groups"] = text(job.groups)
+    if head.hemizygous is not None:
+        held["hemizygous_l"], held["hemizygous_s"] = head.hemizygous
     with atomic.atomic_path(job.folder / "layout.npz") as partial, open(partial, "wb") as stream:
         np.savez(stream, **held)
 
@@ -199,6 +202,7 @@ def _layout_of(held: Any) -> tuple[Layout, np.ndarray | None]:
         genotypes.without_alleles(len(held["position_bp"]), int(first[-1])), int(first[-1]), None, phased,
         np.array(lines("contig"), dtype=str), held["position_bp"], objects("id"), objects("ref"), objects("alt"),
         held["alt_index"], lines("sample_ids") if len(first) > 1 else [], first, contig_length, assembly,
+        hemizygous=(held["hemizygous_l"], held["hemizygous_s"]) if "hemizygous_l" in held else None,
     )  # fmt: skip
     groups = np.array(lines("groups"), dtype=str) if "groups" in held else None
     return Layout(head, held["start_r"], tuple(header_lines), sex), groups
@@ -215,16 +219,20 @@ class Source:
     groups: np.ndarray
     rows: Rows
     joinable: GenotypeData
+    sex: list[str] | None = None
 
     def layout(self, header_lines: list[str]) -> Layout:
-        return Layout(self.head, genotypes.record_starts(self.joinable), tuple(header_lines))
+        return Layout(self.head, genotypes.record_starts(self.joinable), tuple(header_lines), self.sex)
 
 
-def of_panel(panel: HaplotypePanel) -> Source:
-    """A panel in memory, phased and complete, with groups."""
+def of_panel(panel: HaplotypePanel, path: Path | None = None) -> Source:
+    """A panel in memory, phased, with groups and with nothing missing but what hemizygous people do not have."""
     assert panel.samples.group is not None
     data = genotypes_from_panel(panel)
-    return Source(data, panel.samples.group, lambda first, stop: data.bits_lw[first:stop], data)
+    if path is not None and path.name.endswith((".pgen", ".bed")):
+        data = ploidy.with_par_contigs(data)
+    sex = None if panel.samples.sex is None else [str(each) for each in panel.samples.sex]
+    return Source(data, panel.samples.group, lambda first, stop: data.bits_lw[first:stop], data, sex)
 
 
 def source(
@@ -234,6 +242,12 @@ def source(
     if not hasattr(model, "materialise"):
         return of_panel(model.sample(n, groups=groups, seed=seed, start=start, progress=progress))
     held = hold_paths(model, n, groups=groups, seed=seed, start=start, progress=progress)
+    return of_paths(held, np.array(model.group_names, dtype=str)[held.group_n], start=start)
+
+
+def of_paths(held: HeldPaths, groups: np.ndarray, *, start: int = 0, sex: list[str] | None = None) -> Source:
+    """People start, start + 1, ... with these groups, str (n,), by their paths."""
+    model, n = held.model, len(groups)
     samples = Samples(model.samples.ids, None, None, model.samples.first_haplotype)
     reference = HaplotypePanel(
         model.bits_lw, None, model.sites, samples, True, dict(model.contig_length), model.assembly
@@ -244,13 +258,14 @@ def source(
         joinable, bits_lw=genotypes.without_alleles(model.n_sites, 2 * n), n_haplotypes=2 * n, haplotypes_of_sample=first,
         sample_ids=[f"SYN{k:09d}" for k in range(start, start + n)],
     )  # fmt: skip
-    return Source(head, np.array(model.group_names, dtype=str)[held.group_n], held.rows, joinable)
+    return Source(head, groups, held.rows, joinable, sex)
 
 
 def panel_of(job: Job) -> HaplotypePanel:
     """People and sites of a job as a panel without alleles, for tables."""
     panel = panel_from_genotypes(job.layout.head)
-    return replace(panel, samples=replace(panel.samples, group=job.groups))
+    sex = None if job.layout.sex is None else np.array(job.layout.sex, dtype=str)
+    return replace(panel, samples=replace(panel.samples, group=job.groups, sex=sex))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,345 @@
+"""People that were asked for in more words than a number: admixed, of one sex, with a phenotype. Paths are drawn,
+alleles follow.
+
+`draw` gives people in the order of their numbers; person k's depend on the model, the request, the seed and k.
+Conditioning on a phenotype is by rejection, which is exact: candidates are drawn from the model, each with its noise,
+until one is what was asked for. Nothing about a candidate but that decides, so that cases carry risk alleles as often
+as the model's cases do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from scipy.special import ndtr
+
+from engine.errors import InputError, UsageError
+from engine.genomics import admixture, local_ancestry, sex_chromosomes, stream
+from engine.genomics.admixture import Pulse
+from engine.genomics.li_stephens import LiStephens, Paths
+from engine.genomics.local_ancestry import Tracts
+from engine.genomics.panel import HaplotypePanel, Samples
+from engine.genomics.phenotypes import Phenotypes, Trait, join_phenotypes, noise, phenotypes, write_phenotypes
+from engine.kernels import bits
+
+ROUND = 1 << 40  # candidates of one round; rounds do not overlap
+MOST_ROUNDS = 64
+_TOGETHER = 4096  # candidates drawn at one time
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What people are to be.
+
+    Attributes:
+        group: all of this group; None in the panel's proportions.
+        pulses: admixture; None for none.
+        sex: "male", "female", or None in the panel's proportions.
+        trait: gives everybody a phenotype; None for none.
+        case_fraction: share of cases (1 cases only, 0 controls only); None as many as the trait's prevalence gives.
+        score_range: scores wanted, from and to, in standard deviations of the score in the trait's panel.
+    """
+
+    group: str | None = None
+    pulses: list[Pulse] | None = None
+    sex: str | None = None
+    trait: Trait | None = None
+    case_fraction: float | None = None
+    score_range: tuple[float, float] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but a group is asked for."""
+        return self.pulses is None and self.sex is None and self.trait is None
+
+    def to_json(self) -> dict[str, object]:
+        """The request by value, the trait by its hash, so that two can be compared."""
+        return {
+            "pulses": None if self.pulses is None else [asdict(pulse) for pulse in self.pulses],
+            "sex": self.sex,
+            "trait_sha256": None if self.trait is None else self.trait.sha256,
+            "case_fraction": self.case_fraction,
+            "score_range": None if self.score_range is None else list(self.score_range),
+        }
+
+    def checked(self) -> Request:
+        """Itself.
+
+        Raises:
+            UsageError: parts that do not fit together.
+        """
+        if self.group is not None and self.pulses is not None:
+            raise UsageError("one of --group and --admix", "both", "sample")
+        if self.trait is None and (self.case_fraction is not None or self.score_range is not None):
+            raise UsageError("a trait for --case-fraction and --prs-range", "none", "sample", "--phenotype TRAIT.json")
+        if self.case_fraction is not None:
+            if self.trait is None or self.trait.prevalence is None:
+                raise UsageError("a trait with a prevalence for --case-fraction", "a quantitative one", "sample")
+            if not 0 <= self.case_fraction <= 1:
+                raise UsageError("a case fraction of 0 to 1", str(self.case_fraction), "--case-fraction")
+        if self.score_range is not None and not self.score_range[0] < self.score_range[1]:
+            raise UsageError("a range FROM:TO with FROM below TO", "{}:{}".format(*self.score_range), "--prs-range")
+        return self
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """n people: copying paths of 2n haplotypes, names of their groups str (n,), tracts and phenotypes where asked for.
+
+    `candidates` is how many were drawn to get them, `accepted` how many of those were what was asked for.
+    """
+
+    paths: Paths
+    group_n: np.ndarray
+    tracts: Tracts | None
+    phenotypes: Phenotypes | None
+    candidates: int
+    accepted: int
+
+    @property
+    def n(self) -> int:
+        return len(self.group_n)
+
+
+def draw(
+    model: LiStephens, n: int, request: Request, *, seed: int = 0, start: int = 0, progress: Progress | None = None
+) -> Drawn:
+    """People start .. start+n-1.
+
+    Raises:
+        UsageError: parts of the request that do not fit together, an unknown group or source, or people that the model
+        hardly
+            ever gives. InputError: the trait's sites are not the model's.
+    """
+    request.checked()
+    if n < 0 or start < 0:
+        raise UsageError("n >= 0 and start >= 0", f"{n} and {start}", "sample")
+    trait = request.trait
+    if trait is None:
+        return _candidates(model, n, request, seed, start)
+    site_c = trait.rows(model.sites, "the model")
+    if request.case_fraction is None and request.score_range is None:
+        made = _candidates(model, n, request, seed, start)
+        score_n = _scores(model, trait, site_c, made.paths)
+        beside_n = noise(trait, range(start, start + n), seed, with_covariates=True)
+        ids = names(start, n)
+        return Drawn(made.paths, made.group_n, made.tracts, phenotypes(trait, ids, score_n, beside_n), n, n)
+    each = _candidates_each(trait, request)
+    kept: list[Drawn] = []
+    size = max(1, _TOGETHER // each)
+    for first in range(start, start + n, size):
+        people = np.arange(first, min(first + size, start + n))
+        kept.append(_accepted(model, request, site_c, people, each, seed))
+        if progress is not None:
+            progress(int(people[-1]) + 1 - start, n)
+    return joined(kept) if kept else _candidates(model, 0, request, seed, start)
+
+
+def panel_of(model: LiStephens, drawn: Drawn, request: Request, *, seed: int = 0, start: int = 0) -> HaplotypePanel:
+    """The people with their alleles, groups and sexes, named SYN000000000 and so on; on X men have one haplotype
+    outside PAR."""
+    sex = sex_chromosomes.draw_sexes(model, drawn.group_n, seed, start, request.sex)
+    samples = Samples(names(start, drawn.n), drawn.group_n, None, 2 * np.arange(drawn.n + 1, dtype=np.int64))
+    made = HaplotypePanel(
+        model.materialise(drawn.paths), None, model.sites, samples, True, dict(model.contig_length), model.assembly
+    )
+    return sex_chromosomes.with_sexes(made, sex)
+
+
+def source(
+    model: LiStephens, drawn: Drawn, request: Request, path: Path, *, seed: int = 0, start: int = 0
+) -> stream.Source:
+    """What the writer of `path` takes of these people; with X whole in memory, else by their paths."""
+    if sex_chromosomes.has_x(model):
+        return stream.of_panel(panel_of(model, drawn, request, seed=seed, start=start), path)
+    sex = sex_chromosomes.draw_sexes(model, drawn.group_n, seed, start, request.sex)
+    held = stream.HeldPaths(model, [drawn.paths], drawn.paths, np.zeros(drawn.n, dtype=np.int64))
+    return stream.of_paths(held, drawn.group_n, start=start, sex=None if sex is None else sex.tolist())
+
+
+def write_beside(drawn: Drawn, path: Path, *, start: int = 0) -> None:
+    """Write what a genotype file does not hold: local ancestry (`PATH.bp`) and phenotypes (`PATH.pheno.tsv`)."""
+    if drawn.tracts is not None:
+        local_ancestry.write_bp(path.with_name(f"{path.name}.bp"), names(start, drawn.n), drawn.tracts)
+    if drawn.phenotypes is not None:
+        write_phenotypes(drawn.phenotypes, path.with_name(f"{path.name}.pheno.tsv"))
+
+
+def join_beside(shards: list[Path], out: Path) -> None:
+    """The local ancestry and phenotypes of shards of people, in order, beside `out`."""
+    for what, join in (("bp", local_ancestry.join_bp), ("pheno.tsv", join_phenotypes)):
+        parts = [shard.with_name(f"{shard.name}.{what}") for shard in shards]
+        if any(part.exists() for part in parts):
+            absent = [part for part in parts if not part.exists()]
+            if absent:
+                raise InputError(f"{what} beside every shard", "none", absent[0], "making this shard again")
+            join(parts, out.with_name(f"{out.name}.{what}"))
+
+
+def names(start: int, n: int) -> list[str]:
+    """Names of people start .. start+n-1."""
+    return [f"SYN{k:09d}" for k in range(start, start + n)]
+
+
+def take(drawn: Drawn, index: np.ndarray) -> Drawn:
+    """The people `index`, int64, in this order, without phenotypes."""
+    haplotypes = np.stack([2 * index, 2 * index + 1], axis=1).ravel()
+    tracts = None if drawn.tracts is None else drawn.tracts.take(haplotypes)
+    return Drawn(
+        _take_paths(drawn.paths, haplotypes), drawn.group_n[index], tracts, None, drawn.candidates, drawn.accepted
+    )
+
+
+def joined(parts: list[Drawn]) -> Drawn:
+    """The people of several draws, in order."""
+    tracts = [part.tracts for part in parts if part.tracts is not None]
+    known = [part.phenotypes for part in parts if part.phenotypes is not None]
+    together = None
+    if known:
+        case_s = None if known[0].case_s is None else np.concatenate([each.case_s for each in known])  # type: ignore[misc]
+        together = Phenotypes(
+            [name for each in known for name in each.ids],
+            np.concatenate([each.score_s for each in known]),
+            np.concatenate([each.liability_s for each in known]),
+            case_s,
+            {},
+        )
+    return Drawn(
+        _join_paths([part.paths for part in parts]),
+        np.concatenate([part.group_n for part in parts]),
+        local_ancestry.joined(tracts) if tracts else None,
+        together,
+        sum(part.candidates for part in parts),
+        sum(part.accepted for part in parts),
+    )
+
+
+def _candidates(model: LiStephens, n: int, request: Request, seed: int, start: int) -> Drawn:
+    if request.pulses is not None:
+        paths, tracts = admixture.paths(model, request.pulses, n, seed=seed, start=start)
+        return Drawn(paths, np.full(n, admixture.label(request.pulses)), tracts, None, n, n)
+    paths, group_n = model.paths(n, groups=request.group, seed=seed, start=start)
+    return Drawn(paths, np.array(model.group_names, dtype=str)[group_n], None, None, n, n)
+
+
+def _candidates_each(trait: Trait, request: Request) -> int:
+    """Candidates of a person in the first round: a power of two near twice what one acceptance takes under a normal
+    score.
+
+    It depends on the request alone, so that a person's candidates do too.
+    """
+    chance = 1.0
+    if request.score_range is not None:
+        chance *= float(ndtr(request.score_range[1]) - ndtr(request.score_range[0]))
+    if request.case_fraction is not None:
+        assert trait.prevalence is not None
+        rarest = [trait.prevalence] if request.case_fraction > 0 else []
+        rarest += [1 - trait.prevalence] if request.case_fraction < 1 else []
+        chance *= min(rarest)
+    return int(2 ** np.clip(np.ceil(np.log2(2 / max(chance, 1e-12))), 1, 12))
+
+
+def _accepted(
+    model: LiStephens, request: Request, site_c: np.ndarray, people: np.ndarray, each: int, seed: int
+) -> Drawn:
+    """For each of consecutive `people` the first of its candidates that is what was asked for."""
+    trait = request.trait
+    assert trait is not None
+    found: dict[int, Drawn] = {}
+    waiting, candidates, accepted = people, 0, 0
+    for turn in range(MOST_ROUNDS):
+        # neighbours who wait together are drawn together; who is drawn with whom changes nothing
+        for run in np.split(waiting, np.flatnonzero(np.diff(waiting) != 1) + 1):
+            first = turn * ROUND + int(run[0]) * each
+            made = _candidates(model, len(run) * each, request, seed, first)
+            candidates += made.candidates
+            score = _scores(model, trait, site_c, made.paths)
+            beside = noise(trait, range(first, first + made.n), seed, with_covariates=True)
+            right = np.ones(made.n, dtype=bool)
+            if request.score_range is not None:
+                sd = np.sqrt(trait.heritability)
+                right &= (score >= request.score_range[0] * sd) & (score <= request.score_range[1] * sd)
+            if request.case_fraction is not None:
+                person = np.repeat(run, each)
+                wanted = _is_case(person, request.case_fraction)
+                right &= (score + beside > trait.threshold) == wanted
+            hits = np.flatnonzero(right)
+            accepted += len(hits)
+            owner, where = np.unique(hits // each, return_index=True)
+            chosen = take(made, hits[where])
+            ids = [f"SYN{int(run[at]):09d}" for at in owner]
+            known = phenotypes(trait, ids, score[hits[where]], beside[hits[where]])
+            for at, place in enumerate(owner.tolist()):
+                one = take(chosen, np.array([at]))
+                found[int(run[place])] = Drawn(one.paths, one.group_n, one.tracts, known.take(np.array([at])), 0, 0)
+        waiting = np.array([k for k in people.tolist() if k not in found], dtype=np.int64)
+        if len(waiting) == 0:
+            break
+    if len(waiting):
+        raise UsageError(
+            "people that the model gives now and then",
+            f"none of {MOST_ROUNDS * each} candidates was one for person {waiting[0]}", "sample",
+            "a wider --prs-range, a higher prevalence, or another group",
+        )  # fmt: skip
+    made = joined([found[k] for k in people.tolist()])
+    return Drawn(made.paths, made.group_n, made.tracts, made.phenotypes, candidates, accepted)
+
+
+def _is_case(person: np.ndarray, fraction: float) -> np.ndarray:
+    """bool: whether person k is to be a case, so that of the first n people round(fraction n) or so are, whatever n."""
+    return np.floor((person + 1) * fraction + 1e-9) > np.floor(person * fraction + 1e-9)
+
+
+def _scores(model: LiStephens, trait: Trait, site_c: np.ndarray, paths: Paths) -> np.ndarray:
+    """float64 (n,): polygenic scores of people by their paths; only causal sites are materialised."""
+    haplotypes = len(paths.segment_offset_n) - 1
+    dosage_sc = np.empty((haplotypes // 2, len(site_c)))
+    for c, site in enumerate(site_c.tolist()):
+        allele_n = bits.unpack(model.materialise(paths, site, site + 1), haplotypes)[0]
+        dosage_sc[:, c] = allele_n[0::2].astype(np.int64) + allele_n[1::2]
+    return trait.score(dosage_sc)
+
+
+def _take_paths(paths: Paths, index: np.ndarray) -> Paths:
+    """Paths of haplotypes `index`, int64, in this order."""
+    values: dict[str, np.ndarray] = {}
+    for kind, offsets in (("_s", "segment_offset_n"), ("_f", "flip_offset_n")):
+        offset_n = getattr(paths, offsets)
+        count_n = np.diff(offset_n)[index]
+        made_n = np.concatenate([[0], np.cumsum(count_n)]).astype(np.int64)
+        at = np.repeat(offset_n[:-1][index] - made_n[:-1], count_n) + np.arange(made_n[-1])
+        values[offsets] = made_n
+        for each in fields(Paths):
+            if each.name.endswith(kind):
+                values[each.name] = getattr(paths, each.name)[at]
+    return Paths(**values)
+
+
+def _join_paths(parts: list[Paths]) -> Paths:
+    values: dict[str, np.ndarray] = {}
+    for kind, offsets in (("_s", "segment_offset_n"), ("_f", "flip_offset_n")):
+        shifts = np.cumsum([0, *(int(getattr(part, offsets)[-1]) for part in parts)])
+        ends = [getattr(part, offsets)[1:] + shift for part, shift in zip(parts, shifts)]
+        values[offsets] = np.concatenate([[0], *ends]).astype(np.int64)
+        for each in fields(Paths):
+            if each.name.endswith(kind):
+                values[each.name] = np.concatenate([getattr(part, each.name) for part in parts])
+    return Paths(**values)
+
+
+def summary(model: LiStephens, drawn: Drawn, request: Request) -> dict[str, object]:
+    """What the command reports of a draw beside the counts of people, JSON-ready."""
+    told: dict[str, object] = {}
+    if drawn.tracts is not None:
+        share_na = drawn.tracts.shares(admixture.contig_starts_cm(model))
+        told["ancestry"] = dict(zip(drawn.tracts.sources, np.round(share_na.mean(axis=0), 4).tolist()))
+    if drawn.phenotypes is not None:
+        told["acceptance"] = drawn.accepted / max(1, drawn.candidates)
+        if drawn.phenotypes.case_s is not None:
+            told["cases"] = int(drawn.phenotypes.case_s.sum())
+        told["mean_prs_sd"] = float(drawn.phenotypes.score_s.mean() / np.sqrt(request.trait.heritability))  # type: ignore[union-attr]
+    return told
