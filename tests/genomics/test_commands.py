@@ -193,7 +193,8 @@ def test_chr22_phase1_from_file_to_score(tmp_path, real_data):
 
 def test_unphased_references_are_refused_in_one_line_that_says_what_to_do(tmp_path, real_data):
     odd = real_data / "genomics/odd"
-    with pytest.raises(InputError, match=r"1 of 203 people \(NA12878\); try: bcftools view -s \^NA12878 .*phase_common") as told:
+    hint = r"1 of 203 people \(NA12878\); try: bcftools view -s \^NA12878 .*phase_common"
+    with pytest.raises(InputError, match=hint) as told:
         commands.fit_command(odd / "chr20_unphased.bcf", out=tmp_path / "run")
     assert "\n" not in str(told.value)
     with pytest.raises(InputError, match=r"heterozygotes of \d+ of 203 people .*; try: phase_common --input .* --region 20"):
