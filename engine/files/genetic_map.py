@@ -165,6 +165,10 @@ def check_build(
     position_bp = np.asarray(position_bp)
     furthest = int(position_bp.max(initial=0))
     named = build_of_name(assembly)
+    of_length = build_of_length(contig, contig_length)
+    if named and of_length and named != of_length:
+        got = f"contig {contig} of {contig_length:,} bp ({of_length})"
+        raise InputError(f"a header of one build, {assembly}", got, where, "bcftools reheader -f REFERENCE.fa.fai")
     length = contig_length or length_of(contig, named)
     if length and furthest > length:
         stated = "the header's length" if contig_length else str(assembly)
@@ -174,10 +178,6 @@ def check_build(
         )  # fmt: skip
     if length and last > length:
         raise InputError(f"a map within {contig}'s {length:,} bp", f"one up to {last:,}", where, hint)
-    of_length = build_of_length(contig, contig_length)
-    if named and of_length and named != of_length:
-        got = f"contig {contig} of {contig_length:,} bp ({of_length})"
-        raise InputError(f"a header of one build, {assembly}", got, where, "bcftools reheader -f REFERENCE.fa.fai")
     of_sites = named or of_length or build_of_reach(contig, furthest)
     of_map = build_of_name(own.source) or build_of_reach(contig, last, whole_from=first)
     if of_sites and of_map and of_sites != of_map:

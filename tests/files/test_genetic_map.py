@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_a_file_of_several_contigs(tmp_path):
 def test_contig_names_with_and_without_chr():
     assert genetic_map.same_contig("chr22", "22")
     assert genetic_map.same_contig("chrX", "23")
+    assert genetic_map.same_contig("NC_000022.11", "chr22")
+    assert genetic_map.same_contig("chrM", "MT")
     assert not genetic_map.same_contig("2", "22")
 
 
@@ -119,6 +122,63 @@ def test_mismatches_are_found(real_data):
             check_build(own, contig, sites, **more)
     with pytest.raises(InputError, match="0% of 50 sites"):
         check_build(b37, "15", sites + 80_000_000)
+
+
+cached_map = lru_cache(read_map)
+LENGTHS = {"GRCh37": {"15": 102_531_392, "22": 51_304_566}, "GRCh38": {"15": 101_991_189, "22": 50_818_468}}
+
+
+@pytest.mark.parametrize("contig", ["15", "22"])
+@pytest.mark.parametrize(
+    ("of_map", "of_sites"), [("b37", "GRCh38"), ("b38", "GRCh37"), ("b37", "GRCh37"), ("b38", "GRCh38")]
+)
+@pytest.mark.parametrize("prefix", ["", "chr"])
+@pytest.mark.parametrize("stated", ["length", "name", "position"])
+def test_a_map_of_another_build_is_found_whatever_states_it(real_data, contig, of_map, of_sites, prefix, stated):
+    """Real maps of both builds under a name that says nothing; the panel says its build by contig length, name or reach."""
+    own = cached_map(real_data / f"genomics/maps/{of_map}/chr{contig}.{of_map}.gmap.gz")
+    own = GeneticMap(own.contig, own.position_bp, own.position_cm, "map.gz")
+    sites = np.linspace(25_000_000, 45_000_000, 40).astype(int)
+    said = {
+        "length": {"contig_length": LENGTHS[of_sites][contig]},
+        "name": {"assembly": {"GRCh37": "hs37d5", "GRCh38": "GRCh38_full_analysis_set"}[of_sites]},
+        "position": {},
+    }[stated]
+    if stated == "position":  # the last site lies where GRCh38, the shorter one, has no room
+        of_sites = "GRCh37"
+        sites[-1] = LENGTHS["GRCh38"][contig] + 1
+    if of_map[1:] == of_sites[-2:]:
+        assert check_build(own, prefix + contig, sites, **said) is None
+    else:
+        with pytest.raises(InputError, match=r"GRCh3[78]"):
+            check_build(own, prefix + contig, sites, **said)
+
+
+def test_what_cannot_be_told_is_said(real_data):
+    own = read_map(real_data / "genomics/maps/b37/chr20.b37.gmap.gz")
+    told = check_build(own, "20", np.array([1_000_000, 2_000_000]))
+    assert told == "the panel does not say of which build contig 20 is; its map is of GRCh37"
+    mouse = GeneticMap("scaffold_7", np.array([10, 2_000]), np.array([0.0, 1.0]), "x.map")
+    assert check_build(mouse, "scaffold_7", np.array([100])) is None
+
+
+def test_sites_beyond_the_end_of_their_contig(real_data):
+    own = read_map(real_data / "genomics/maps/b37/chr22.b37.gmap.gz")
+    sites = np.array([20_000_000, 51_304_567])
+    for said in ({"contig_length": 51_304_566}, {"assembly": "GRCh37"}):
+        with pytest.raises(InputError, match=r"within the 51,304,566 bp of contig 22 .*one at 51,304,567"):
+            check_build(own, "22", sites, **said)
+    with pytest.raises(InputError, match="a header of one build, hg19, got contig 22 of 50,818,468 bp"):
+        check_build(own, "22", sites[:0], assembly="hg19", contig_length=50_818_468)
+
+
+@pytest.mark.parametrize("contig", ["7", "16"])
+def test_builds_of_nearly_one_length_are_not_told_by_the_end_of_a_map(contig):
+    ends = [genetic_map.length_of(contig, build) for build in ("GRCh37", "GRCh38")]
+    assert abs(ends[0] - ends[1]) < 300_000
+    assert genetic_map.build_of_reach(contig, min(ends) - 40_000, whole_from=60_000) is None
+    assert genetic_map.build_of_reach("22", 50_791_377) is None  # a region may end anywhere
+    assert genetic_map.build_of_reach("22", 50_791_377, whole_from=40_000_000) is None
 
 
 @pytest.mark.parametrize(
