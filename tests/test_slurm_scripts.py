@@ -53,8 +53,8 @@ def test_a_job_is_resources_and_one_command(path: Path) -> None:
     assert text.startswith("#!/usr/bin/env bash\n")
     for resource in ("--job-name=", "--nodes=", "--cpus-per-task=", "--mem=", "--time=", "--output="):
         assert re.search(rf"^#SBATCH {resource}", text, re.M), resource
-    assert len(re.findall(r"^\s*(?:exec )?engine ", text, re.M)) == 1
-    assert "set -euo pipefail" in text
+    assert len(re.findall(r"^(?:once|distributed) engine ", text, re.M)) == 1
+    assert '/scripts/slurm/job.sh"' in text
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
 
 
