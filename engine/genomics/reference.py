@@ -21,6 +21,7 @@ from engine.kernels import bits, haplotype_hmm
 
 MOST_MISSING, MOST_MISSING_AT_A_SITE = 0.1, 0.5
 _CELLS = 1 << 24  # expected alleles held at one time
+_PASSES = 2  # the second copies from donors whose own gaps the first has filled
 
 
 def as_reference(
@@ -74,35 +75,32 @@ def filled(panel: HaplotypePanel, config: LiStephensConfig | None = None, *, whe
             f"at most {MOST_MISSING:.0%} of alleles missing", f"{share:.1%} ({total})", where,
             f"imputing it: java -jar beagle.jar gt={where or 'PANEL'} out=imputed",
         )  # fmt: skip
-    stand_in = replace(panel, bits_lw=_with_common_alleles(panel), missing_lw=None)
-    model = li_stephens.fit(stand_in, config)
+    made = replace(panel, bits_lw=_with_common_alleles(panel), missing_lw=None)
     missing_nw = bits.transpose(panel.missing_lw, n)
     gaps = np.flatnonzero(missing_nw.any(axis=1))
-    alleles_nw = stand_in.haplotype_major()
     owner_n, first_s = panel.sample_of_haplotype_n, panel.samples.first_haplotype
     first_n, last_n = first_s[owner_n[gaps]], first_s[owner_n[gaps] + 1] - 1
     own_ne = np.stack([first_n, np.where(last_n > first_n, last_n, -1)], axis=1)
     size = max(1, min(128, _CELLS // panel.n_sites))
-    for begin in range(0, len(gaps), size):
-        chosen = gaps[begin : begin + size]
-        target_nl = bits.unpack(alleles_nw[chosen], panel.n_sites)
-        missing_nl = bits.unpack(missing_nw[chosen], panel.n_sites).astype(bool)
-        target_nl[missing_nl] = 255
-        sums = haplotype_hmm.posterior_sums(
-            model.bits_lw,
-            model.k,
-            target_nl,
-            model.switch_l(),
-            model.mismatch_l,
-            exclude_ne=own_ne[begin : begin + size],
-        )
-        target_nl[missing_nl] = (sums.dosage_nl > 0.5)[missing_nl]
-        alleles_nw[chosen] = bits.pack(target_nl)
+    for _ in range(_PASSES):
+        model, alleles_nw = li_stephens.fit(made, config), made.haplotype_major()
+        for begin in range(0, len(gaps), size):
+            chosen = gaps[begin : begin + size]
+            target_nl = bits.unpack(alleles_nw[chosen], panel.n_sites)
+            missing_nl = bits.unpack(missing_nw[chosen], panel.n_sites).astype(bool)
+            target_nl[missing_nl] = 255
+            sums = haplotype_hmm.posterior_sums(
+                model.bits_lw, model.k, target_nl, model.switch_l(), model.mismatch_l,
+                exclude_ne=own_ne[begin : begin + size],
+            )  # fmt: skip
+            target_nl[missing_nl] = (sums.dosage_nl > 0.5)[missing_nl]
+            alleles_nw[chosen] = bits.pack(target_nl)
+        made = replace(made, bits_lw=bits.transpose(alleles_nw, panel.n_sites))
     note = (
         f"{total} missing alleles ({share:.2%}) were filled with the copying model; an imputation tool with a reference panel, "
         "e.g. Beagle, knows more"
     )
-    return replace(stand_in, bits_lw=bits.transpose(alleles_nw, panel.n_sites), notes=(*panel.notes, note))
+    return replace(made, notes=(*panel.notes, note))
 
 
 def _with_common_alleles(panel: HaplotypePanel) -> np.ndarray:
