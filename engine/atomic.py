@@ -6,6 +6,7 @@ A reader never sees half a file; a job killed at any moment leaves at most a `.p
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -79,6 +80,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         if partial.exists():
             shutil.rmtree(partial)
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what killed attempts at `path` left beside it; call it only when `path` is whole and nobody makes it again."""
+    path = Path(path)
+    for partial in path.parent.glob(f".partial-*-{glob.escape(path.name)}"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

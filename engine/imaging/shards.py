@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import provenance
-from engine.atomic import atomic_folder, write_json, write_text
+from engine.atomic import atomic_folder, sweep, write_json, write_text
 from engine.errors import CorruptRun, InputError, UsageError
 from engine.imaging.commands import sample_command, shard_range
 
@@ -106,6 +106,8 @@ def finish(out: str | Path, count: int, *, progress: Progress | None = None) -> 
             synthetic=True,
             extra={"model": records[0]["inputs"], "shards": count, "volumes": len(rows)},
         )
+    for path in shards:
+        sweep(path)
     return {"out": out.name, "volumes": len(rows), "shards": count}
 
 

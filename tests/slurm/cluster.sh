@@ -103,7 +103,10 @@ stop() {
   export SLURM_CONF=$PWD/etc/slurm.conf
   scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
   scancel --user="$(id -un)" 2>/dev/null || true
-  sleep 0.5
+  for _ in $(seq 30); do
+    [ -n "$(squeue -h 2>/dev/null)" ] || break
+    sleep 0.1
+  done
   local file pid
   for file in run/slurmd-n0.pid run/slurmd-n1.pid run/slurmctld.pid run/munged.pid; do
     [ -s "$file" ] || continue
@@ -114,6 +117,11 @@ stop() {
       sleep 0.1
     done
     kill -KILL "$pid" 2>/dev/null || true
+  done
+  # what a job left running, should the controller have died first: all of it was started with this SLURM_CONF
+  for file in /proc/[0-9]*/environ; do
+    pid=${file//[!0-9]/}
+    if [ "$pid" != $$ ] && grep -qzxF "SLURM_CONF=$SLURM_CONF" "$file" 2>/dev/null; then kill -KILL "$pid" 2>/dev/null || true; fi
   done
   cd /
   rm -rf "$1"
