@@ -2,8 +2,9 @@
 # Programs that some tests call to check our output (never needed to use the engine). As root on Debian or Ubuntu the
 # missing ones are installed; elsewhere they are named and the tests that need them are skipped with a reason.
 set -euo pipefail
+PATH=$PATH:/usr/sbin
 missing=()
-for pair in bcftools:bcftools plink2:plink2 chromium:chromium dcm2niix:dcm2niix shellcheck:shellcheck; do
+for pair in bcftools:bcftools plink2:plink2 chromium:chromium dcm2niix:dcm2niix shellcheck:shellcheck slurmctld:slurm-wlm munged:munge; do
   command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} = 0 ]; then

@@ -61,7 +61,7 @@ def test_a_job_is_resources_and_one_command(path: Path) -> None:
 def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck: apt-get install shellcheck")
-    scripts = [*JOBS, ROOT / "scripts" / "slurm" / "env.sh", *(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]
+    scripts = [*JOBS, *(ROOT / "scripts").rglob("*.sh"), ROOT / "tests" / "slurm" / "cluster.sh", ROOT / ".ci" / "run"]
     done = subprocess.run(
         ["shellcheck", "-s", "bash", "-e", "SC1091", *map(str, scripts)], capture_output=True, text=True
     )
@@ -92,6 +92,27 @@ def test_the_audit_job_fails_when_the_verdict_is_no_pass(panel_files: Path, tmp_
     done = run_job("audit", *(tmp_path / f"{n}.bcf" for n in ("train", "holdout", "synthetic")), tmp_path / "audit")
     assert done.returncode == 3, done.stderr
     assert (tmp_path / "audit" / "audit.json").is_file()
+
+
+def test_a_container_stands_in_front_of_every_command(tmp_path: Path) -> None:
+    """With ENGINE_IMAGE, commands run inside it, folders bound; there is no Apptainer here, so that a stand-in says how it
+    was called."""
+    (tmp_path / "apptainer").write_text('#!/bin/bash\nprintf "%s|" "$@" > "$SAID"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    environment = {**os.environ, "ENGINE_HOME": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"ENGINE_IMAGE": "engine.sif", "ENGINE_BINDS": "/a b,/c", "SAID": str(tmp_path / "said")}
+    script = ROOT / "scripts" / "slurm" / "finish.sbatch"
+    subprocess.run(["bash", str(script), "imaging", "o u t", "4"], check=True, env=environment, timeout=60)
+    said = (tmp_path / "said").read_text().replace("--nv|", "")  # a GPU machine hands its driver in
+    assert said == "exec|--bind|/a b,/c|engine.sif|engine|imaging|finish|o u t|--shards|4|"
+
+
+def test_the_container_recipe_copies_what_exists_and_what_the_package_needs() -> None:
+    text = (ROOT / "scripts" / "slurm" / "engine.def").read_text()
+    files = re.findall(r"^  (\S+) /opt/engine/(\S+)$", text, re.M)
+    assert files
+    assert all(source == target and (ROOT / source).exists() for source, target in files)
+    assert {"pyproject.toml", "constraints.txt", "engine", "README.md", "LICENSE"} <= {source for source, _ in files}
 
 
 def test_a_job_without_its_arguments_says_how_to_call_it() -> None:
