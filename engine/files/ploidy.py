@@ -76,14 +76,12 @@ def mark(data: GenotypeData, *, sex: np.ndarray | None = None, where: object = "
 
     Args:
         sex: str (S,) "male" / "female" / "unknown"; None where nothing is known. Who has calls of one allele is male;
-        of those
-            with two equal alleles everywhere, who is stated as male, or of unknown sex where a woman would have more
-            than 20 heterozygotes.
+            of those with two equal alleles everywhere, who is stated as male, or of unknown sex where a woman would
+            have more than 20 heterozygotes.
 
     Raises:
         InputError: a woman with calls of one allele, a man with heterozygotes outside PAR or one allele inside (of a
-        wrong
-            sex, or another build), or a build that is neither stated nor to be told from the calls.
+            wrong sex, or another build), or a build that is neither stated nor to be told from the calls.
     """
     data = _one_x(data)
     x_l = is_x(data.contig)

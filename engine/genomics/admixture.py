@@ -82,8 +82,7 @@ def checked(pulses: list[Pulse]) -> list[Pulse]:
 
     Raises:
         UsageError: no pulse, two at one time, generations outside (0, 10,000], shares that are negative or, of the
-        oldest
-            pulse, do not sum to 1, of a later one, to something in (0, 1).
+            oldest pulse, do not sum to 1, of a later one, to something in (0, 1).
     """
     made = sorted(pulses, key=lambda pulse: -pulse.generations)
     ages = [pulse.generations for pulse in made]

@@ -307,7 +307,8 @@ def _principal_components(
     real: HaplotypePanel, synthetic: HaplotypePanel, matched: HaplotypePanel | None, seed: int
 ) -> tuple[list[Finding], dict[str, Any]]:
     size = {"real": real.n_haplotypes, "synthetic": synthetic.n_haplotypes}
-    components = min(COMPONENTS, size["real"] + size["synthetic"] - 1, real.n_sites)
+    fewest = min(panel.n_haplotypes for panel in (synthetic, matched) if panel is not None)
+    components = min(COMPONENTS, size["real"] + fewest - 1, real.n_sites)
     at_real, at_synthetic = joint_components(real, synthetic, components, seed)
     value = component_distance(at_real, at_synthetic)
     interval = None

@@ -27,8 +27,7 @@ class Tracts:
         sources: names of the source populations; contigs: of the contigs.
         offset_n: int64 (N + 1,).
         source_t, contig_t: int32 (T,), indices into these names. Neighbouring tracts can be of one source: between them
-        lies a
-            recombination all the same.
+            lies a recombination all the same.
         end_bp_t: int64 (T,), last position of the tract, the contig's end for its last one; end_cm_t: float64 (T,).
         start_site_t: int64 (T,), the first site at or after the tract's beginning; a tract can be without sites.
     """

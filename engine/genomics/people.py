@@ -112,8 +112,7 @@ def draw(
 
     Raises:
         UsageError: parts of the request that do not fit together, an unknown group or source, or people that the model
-        hardly
-            ever gives. InputError: the trait's sites are not the model's.
+            hardly ever gives. InputError: the trait's sites are not the model's.
     """
     request.checked()
     if n < 0 or start < 0:

@@ -37,8 +37,7 @@ def phenotype_command(
 
     Args:
         trait: a trait written before; its sites and effects are used, nothing of it can be set anew. Else `effects`, a
-        table, or
-            `causal` sites drawn at random with `heritability` (0.5 where not given).
+            table, or `causal` sites drawn at random with `heritability` (0.5 where not given).
         case_fraction, people: keep only so many people with this share of cases.
         covariates, covariate_effects: a table, and "column=change of the liability per standard deviation".
 

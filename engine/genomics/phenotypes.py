@@ -9,10 +9,9 @@ Of person i with x_ij copies of the ALT allele at causal site j, whose frequency
 
 Effects drawn here are normal per standardised genotype: effect_j = b_j (2 p_j (1 - p_j))^(alpha / 2) with alpha = -1
 (Yang et al., Nature Genetics 42:565, 2010); alpha = 0 gives effects per allele that do not depend on frequency. LD
-between causal sites counts:
-the score is scaled as a whole. The threshold model is Falconer's (Annals of Human Genetics 29:51, 1965). X outside PAR
-carries no causal sites. A `Trait` holds sites, effects and variances, so that other panels, synthetic ones too, get the
-same trait.
+between causal sites counts: the score is scaled as a whole. The threshold model is Falconer's (Annals of Human
+Genetics 29:51, 1965). X outside PAR carries no causal sites. A `Trait` holds sites, effects and variances, so that
+other panels, synthetic ones too, get the same trait.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from engine.errors import InputError
 from engine.genomics import li_stephens, sex_chromosomes
 from engine.genomics.li_stephens import LiStephensConfig
+from engine.genomics.matching import common_sites
 from engine.genomics.panel import HaplotypePanel
 from engine.kernels import bits, haplotype_hmm
 
@@ -33,13 +34,13 @@ def as_reference(
         config: settings of the copying model that fills gaps. where: the file, for messages and their commands.
 
     Raises:
-        InputError: unphased heterozygotes, sites of Y or mitochondria, more than a tenth of all alleles missing, or
-        half of
-            those of one site.
+        InputError: unphased heterozygotes, sites of Y or mitochondria, a site twice, more than a tenth of all alleles
+            missing, or half of those of one site.
     """
     sex_chromosomes.refuse_uncopied(panel, where)
     if not panel.phased:
         raise _unphased(panel, where)
+    common_sites({str(where) or "panel": panel.sites})  # a site listed twice would be found in scoring only
     whole = sex_chromosomes.complete(panel)
     if whole.missing_lw is None or not whole.missing_lw.any():
         return replace(whole, missing_lw=None)
