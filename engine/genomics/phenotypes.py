@@ -102,10 +102,9 @@ class Trait:
 
     def score(self, dosage_sc: np.ndarray) -> np.ndarray:
         """float64 (S,): polygenic scores of people with these ALT dosages (S, C); NaN counts as the frequency."""
-        expected_c = 2 * self.frequency_c
-        return np.where(np.isnan(dosage_sc), expected_c, dosage_sc).astype(np.float64) @ self.effect_c - float(
-            expected_c @ self.effect_c
-        )
+        # row by row: a matrix product may round a person's score by who else is in the matrix
+        above_sc = np.nan_to_num(np.ascontiguousarray(dosage_sc) - 2 * self.frequency_c, nan=0.0)
+        return np.add.reduce(above_sc * self.effect_c, axis=1)
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
