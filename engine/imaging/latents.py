@@ -24,6 +24,7 @@ from engine.imaging.autoencoder import Autoencoder
 from engine.imaging.config import ImagingConfig
 from engine.imaging.dataset import Scans, shifted
 from engine.provenance import sha256
+from engine.training.distributed import by_main
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ def cached_latents(
     Raises:
         CorruptRun: the file is another one than the checkpoint was trained on.
     """
-    if accelerator.is_main_process and (wanted is None or not path.is_file()):
-        with atomic_path(path) as partial:
-            save_file(_encode(config, autoencoder, scans_g, accelerator.device), partial)
-    accelerator.wait_for_everyone()
+
+    def encode() -> None:
+        if wanted is None or not path.is_file():
+            with atomic_path(path) as partial:
+                save_file(_encode(config, autoencoder, scans_g, accelerator.device), partial)
+
+    by_main(accelerator, encode)
     digest = sha256(path)
     if wanted is not None and digest != wanted:
         hint = "remove the file; where the same autoencoder does not give it again, train again"

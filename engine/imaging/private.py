@@ -41,6 +41,7 @@ from engine.imaging.generate import Model, load_model
 from engine.imaging.velocity import Velocity
 from engine.training import checkpoint, preemption
 from engine.training.ema import Ema
+from engine.training.lock import RunLock
 from engine.training.log import Log, Progress
 
 ADAPTED = ("modulate", "qkv", "out")  # linear layers of the denoiser's blocks and attention
@@ -85,7 +86,7 @@ def train_private(
     mean_bcdhw, deviation_bcdhw = _encode(base, scans.x_bcdhw)
     open_run(out, config, resume)
     log = Log(out / "log.jsonl", progress=progress)
-    with preemption.watch() as flag:
+    with preemption.watch() as flag, RunLock(out):
         learned = Learned(base.denoiser, rules, config.seed)
         optimizer = torch.optim.Adam(learned.tensors.parameters(), lr=rules.learning_rate, betas=(0.9, 0.99))
         average = Ema(learned.tensors, config.flow.ema_decay)

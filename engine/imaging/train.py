@@ -84,11 +84,14 @@ def train(
             lock = stack.enter_context(RunLock(out))
         accelerator.wait_for_everyone()
         log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress)
+
+        def read() -> tuple[list[Scans], Any]:
+            stored = Path(cache or out / "cache")
+            scans_g = [load_scans(rows, config, stored, grid) for grid in range(len(config.data.grids))]
+            return scans_g, monitor.prepare(config, table, scans_g[0], out / "cache") if config.monitor else None
+
         try:
-            with accelerator.main_process_first():  # the others find the cache
-                stored = Path(cache or out / "cache")
-                scans_g = [load_scans(rows, config, stored, grid) for grid in range(len(config.data.grids))]
-                watch = monitor.prepare(config, table, scans_g[0], out / "cache") if config.monitor else None
+            scans_g, watch = distributed.by_main(accelerator, read) or read()  # the others find the cache
         except EngineError:
             if accelerator.is_main_process and not resume:
                 shutil.rmtree(out)  # nothing was learned yet: a scan that cannot be used leaves no half-made run

@@ -10,10 +10,12 @@ A checkpoint holds whole tensors either way; it can be resumed on another number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError, UsageError
 
+Made = TypeVar("Made")
 TIMEOUT = timedelta(minutes=10)  # no step, and nothing between two steps, may keep another process waiting longer
 PEER_LOST_EXIT_CODE = 75
 
@@ -66,6 +69,36 @@ def _blocks(model: nn.Module) -> Iterable[nn.Module]:
             for child in module:
                 if not isinstance(child, nn.ModuleList) and any(True for _ in child.parameters()):
                     yield child
+
+
+def by_main(accelerator: Accelerator, work: Callable[[], Made]) -> Made | None:
+    """`work()` of the main process, in a thread of its own; None on the others, who return when it is done.
+
+    Meanwhile all processes ask each other in short turns, so that none runs into a time-out, however long it takes.
+
+    Raises:
+        EngineError: on the main process what `work` raised, on the others that it failed.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    main, device = accelerator.is_main_process, accelerator.device
+
+    def here() -> Made:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the current device is one of each thread
+        return work()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made = pool.submit(here) if main else None
+        while True:
+            over = made is not None and made.done()
+            state = [float(not over), float(over and made is not None and made.exception() is not None)]
+            busy, failed = accelerator.reduce(torch.tensor([state[0] * main, state[1]], device=device)).tolist()
+            if failed and not main:
+                raise EngineError("the main process to go on", "it failed", hint="its own line in the log")
+            if not busy:
+                return made.result() if made is not None else None
+            time.sleep(0.05)
 
 
 def is_sharded(tensor: Tensor) -> bool:
