@@ -152,6 +152,8 @@ def _fault(folder: Path) -> str:
         return f"no {Path(error.filename).name}"
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
         return "a state.json that cannot be read"
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
     return ""
 
 

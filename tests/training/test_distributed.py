@@ -111,6 +111,16 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_all_and_its_items_are_named(made):
     assert bad[0]["items"] == json.loads((folder / "guard.1.items").read_text())
 
 
+def test_work_of_the_main_process_may_last_longer_than_any_collective(made):
+    """4 s of work where no wait may last 2 s; a failure ends both, each with one line."""
+    _, ended = made
+    assert ended["slow"]["codes"] == [0, 0], ended["slow"]
+    assert ended["slow"]["seconds"] > 4
+    assert ended["failing"]["codes"] == [2, 2], ended["failing"]
+    assert ended["failing"]["said"][0] == "row 3: expected a scan, got none"
+    assert "the main process" in ended["failing"]["said"][1]
+
+
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (1, 2), (3, 2), (4, 3), (7, 2)])
 def test_shares_make_the_global_batch(world, parts):
     """Every sample once, whatever the number of processes and parts, and weights under which gradients add up to the mean."""

@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.errors import EngineError
+from engine.errors import EngineError, InputError
 from engine.imaging.config import apply_overrides, load_config, parse_config
 from engine.imaging.train import train
 from engine.training import checkpoint, distributed, preemption
@@ -149,6 +150,22 @@ def not_a_number(rank: int) -> None:
     (FOLDER / f"guard.{rank}.items").write_text(json.dumps(items))
 
 
+def slow_main(rank: int) -> None:
+    """The main process works for longer than any collective may last."""
+    distributed.TIMEOUT = timedelta(seconds=2)
+    accelerator = distributed.start()
+    made = distributed.by_main(accelerator, lambda: time.sleep(4) or "made")
+    assert made == (None if rank else "made")
+    accelerator.wait_for_everyone()
+
+
+def failing_main(rank: int) -> None:
+    def work() -> None:
+        raise InputError("a scan", "none", "row 3")
+
+    distributed.by_main(distributed.start(), work)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     run("alone", world=1)
@@ -160,6 +177,8 @@ def main() -> None:
     run("killed", at=(4, killed))
     run("full", "training.checkpoint_every_steps=2", at=(3, full_disk))
     ranks("guard", not_a_number)
+    ranks("slow", slow_main)
+    ranks("failing", failing_main)
 
 
 if __name__ == "__main__":
