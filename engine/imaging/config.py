@@ -210,6 +210,7 @@ class TrainingConfig(_Section):
     checkpoint_every_minutes: float | None = Field(10.0, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(50, ge=1)
+    tensorboard: bool = Field(False, description="also write RUN/tensorboard; needs engine[tensorboard]")
     gradient_clip: float = Field(1.0, gt=0)
     accumulate: int = Field(1, ge=1, description="parts in which a process works through its share of a batch")
     parallel: Literal["ddp", "fsdp"] = Field(

@@ -83,7 +83,8 @@ def train(
             open_run(out, config, resume)
             lock = stack.enter_context(RunLock(out))
         accelerator.wait_for_everyone()
-        log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress)
+        board = out / "tensorboard" if config.training.tensorboard else None
+        log = Log(out / "log.jsonl", enabled=accelerator.is_main_process, progress=progress, board=board)
 
         def read() -> tuple[list[Scans], Any]:
             stored = Path(cache or out / "cache")

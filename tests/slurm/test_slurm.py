@@ -19,9 +19,12 @@ import pytest
 import torch
 import yaml
 
+from engine.genomics.commands import finish_command as finish_people
 from engine.genomics.commands import sample_command as sample_people
 from engine.genomics.panel import panel_from_alleles, write_panel, write_samples
 from engine.imaging.commands import sample_command as sample_scans
+from engine.imaging.shards import finish as finish_scans
+from engine.imaging.shards import sample_shard
 from engine.imaging.volume import Volume, write_volume
 from engine.provenance import sha256
 from engine.training import checkpoint
@@ -187,11 +190,15 @@ def test_scans_on_two_nodes_stopped_and_requeued(slurm: Slurm, scans: Path, tmp_
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the jobs: sums over threads may differ in the last bit
     sample_scans(run, 64, tmp_path / "whole", seed=5, device="cpu")
-    torch.set_num_threads(threads)
     whole = json.loads((tmp_path / "whole" / "checksums.json").read_text())
     assert json.loads((out / "synthetic" / "checksums.json").read_text()) == whole
     assert len(whole) == 64
     assert all(sha256(out / "synthetic" / name) == digest for name, digest in whole.items())
+    for shard in (0, 1):
+        sample_shard(run, 64, tmp_path / "pair", seed=5, shard=(shard, 2), device="cpu")
+    torch.set_num_threads(threads)
+    finish_scans(tmp_path / "pair", 2)
+    assert json.loads((tmp_path / "pair" / "checksums.json").read_text()) == whole
 
 
 def test_genotypes_from_the_panel_to_the_audit(slurm: Slurm, panel: Path, tmp_path: Path) -> None:
@@ -214,6 +221,10 @@ def test_genotypes_from_the_panel_to_the_audit(slurm: Slurm, panel: Path, tmp_pa
     assert (audit["JobState"], audit["ExitCode"]) == (("COMPLETED", "0:0") if verdict == "pass" else ("FAILED", "3:0"))
     sample_people(out / "run", 64, out=tmp_path / "whole.bcf", seed=1)
     assert (tmp_path / "whole.bcf").read_bytes() == (out / "synthetic.bcf").read_bytes()
+    for shard in (0, 1):
+        sample_people(out / "run", 64, out=tmp_path / "pair.bcf", seed=1, shard=(shard, 2))
+    finish_people(tmp_path / "pair.bcf", 2)
+    assert (tmp_path / "pair.bcf").read_bytes() == (tmp_path / "whole.bcf").read_bytes()
     record = json.loads((out / "synthetic.bcf.provenance.json").read_text())
     assert record["sha256"] == sha256(tmp_path / "whole.bcf")
 

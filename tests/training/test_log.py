@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
+import pytest
+
+from engine.errors import Unsupported
 from engine.training.log import Log
 
 
@@ -35,3 +39,22 @@ def test_progress_is_given_in_per_cent(tmp_path):
     calls = []
     Log(tmp_path / "log.jsonl", progress=lambda *a: calls.append(a)).bar("flow", 0.256)
     assert calls == [("flow", 25, 100)]
+
+
+def test_numbers_of_a_step_go_to_tensorboard_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path / "log.jsonl", board=tmp_path / "board")
+    log.event("flow", step=3, loss=0.5, stage="x")
+    log.event("flow", step=4, loss=math.nan)
+    log.event("done", seconds=1.0)
+    read = EventAccumulator(str(tmp_path / "board"))
+    read.Reload()
+    assert read.Tags()["scalars"] == ["flow/loss"]
+    assert [(e.step, e.value) for e in read.Scalars("flow/loss")] == [(3, 0.5)]
+
+
+def test_tensorboard_where_there_is_none_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(Unsupported, match=r"engine\[tensorboard\]"):
+        Log(tmp_path / "log.jsonl", board=tmp_path / "board")
