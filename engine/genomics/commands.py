@@ -113,8 +113,8 @@ def sample_command(
 
     Returns:
         {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}, and where asked for
-        "ancestry": source -> mean share, "acceptance": share of candidates that were what was asked for, "cases",
-        "mean_prs_sd".
+        "ancestry": source -> mean share, "cases", "mean_prs_sd", and "acceptance_cases", "acceptance_controls" or
+        "acceptance_people": share of candidates that were what was asked for.
 
     Raises:
         UsageError: bad n, shard, group, request or suffix, or `out` exists. CorruptRun: the run folder is not whole.

@@ -10,7 +10,7 @@ as the model's cases do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +90,14 @@ class Request:
 class Drawn:
     """n people: copying paths of 2n haplotypes, names of their groups str (n,), tracts and phenotypes where asked for.
 
-    `candidates` is how many were drawn to get them, `accepted` how many of those were what was asked for.
+    `judged`: of the candidates for "cases", "controls" or "people", how many were what was asked for and how many there were.
     """
 
     paths: Paths
     group_n: np.ndarray
     tracts: Tracts | None
     phenotypes: Phenotypes | None
-    candidates: int
-    accepted: int
+    judged: dict[str, tuple[int, int]]
 
     @property
     def n(self) -> int:
@@ -126,16 +125,26 @@ def draw(
         score_n = _scores(model, trait, site_c, made.paths)
         beside_n = noise(trait, range(start, start + n), seed, with_covariates=True)
         ids = names(start, n)
-        return Drawn(made.paths, made.group_n, made.tracts, phenotypes(trait, ids, score_n, beside_n), n, n)
-    each = _candidates_each(trait, request)
-    kept: list[Drawn] = []
-    size = max(1, _TOGETHER // each)
-    for first in range(start, start + n, size):
-        people = np.arange(first, min(first + size, start + n))
-        kept.append(_accepted(model, request, site_c, people, each, seed))
-        if progress is not None:
-            progress(int(people[-1]) + 1 - start, n)
-    return joined(kept) if kept else _candidates(model, 0, request, seed, start)
+        return Drawn(made.paths, made.group_n, made.tracts, phenotypes(trait, ids, score_n, beside_n), {})
+    people, kept, done = np.arange(start, start + n), [], 0
+    for wanted in (None,) if request.case_fraction is None else (True, False):
+        chosen, number = _numbered(people, request.case_fraction, wanted)
+        each = _candidates_each(trait, request, wanted)
+        size = max(1, _TOGETHER // each)
+        for first in range(0, len(chosen), size):
+            part = slice(first, first + size)
+            kept.append(
+                (chosen[part], _accepted(model, request, site_c, chosen[part], number[part], wanted, each, seed))
+            )
+            done += len(chosen[part])
+            if progress is not None:
+                progress(done, n)
+    if not kept:
+        return _candidates(model, 0, request, seed, start)
+    order = np.argsort(np.concatenate([numbers for numbers, _ in kept]))
+    made = joined([each for _, each in kept])
+    assert made.phenotypes is not None
+    return replace(take(made, order), phenotypes=made.phenotypes.take(order))
 
 
 def panel_of(model: LiStephens, drawn: Drawn, request: Request, *, seed: int = 0, start: int = 0) -> HaplotypePanel:
@@ -188,9 +197,7 @@ def take(drawn: Drawn, index: np.ndarray) -> Drawn:
     """The people `index`, int64, in this order, without phenotypes."""
     haplotypes = np.stack([2 * index, 2 * index + 1], axis=1).ravel()
     tracts = None if drawn.tracts is None else drawn.tracts.take(haplotypes)
-    return Drawn(
-        _take_paths(drawn.paths, haplotypes), drawn.group_n[index], tracts, None, drawn.candidates, drawn.accepted
-    )
+    return Drawn(_take_paths(drawn.paths, haplotypes), drawn.group_n[index], tracts, None, drawn.judged)
 
 
 def joined(parts: list[Drawn]) -> Drawn:
@@ -207,25 +214,38 @@ def joined(parts: list[Drawn]) -> Drawn:
             case_s,
             {},
         )
+    judged: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (accepted, candidates) in part.judged.items():
+            before = judged.get(name, (0, 0))
+            judged[name] = (before[0] + accepted, before[1] + candidates)
     return Drawn(
         _join_paths([part.paths for part in parts]),
         np.concatenate([part.group_n for part in parts]),
         local_ancestry.joined(tracts) if tracts else None,
         together,
-        sum(part.candidates for part in parts),
-        sum(part.accepted for part in parts),
+        judged,
     )
 
 
 def _candidates(model: LiStephens, n: int, request: Request, seed: int, start: int) -> Drawn:
     if request.pulses is not None:
         paths, tracts = admixture.paths(model, request.pulses, n, seed=seed, start=start)
-        return Drawn(paths, np.full(n, admixture.label(request.pulses)), tracts, None, n, n)
+        return Drawn(paths, np.full(n, admixture.label(request.pulses)), tracts, None, {})
     paths, group_n = model.paths(n, groups=request.group, seed=seed, start=start)
-    return Drawn(paths, np.array(model.group_names, dtype=str)[group_n], None, None, n, n)
+    return Drawn(paths, np.array(model.group_names, dtype=str)[group_n], None, None, {})
 
 
-def _candidates_each(trait: Trait, request: Request) -> int:
+def _numbered(people: np.ndarray, fraction: float | None, wanted: bool | None) -> tuple[np.ndarray, np.ndarray]:
+    """Who of consecutive `people` is to be a case (control, anybody), and their numbers among all such people from 0 on."""
+    if fraction is None or wanted is None:
+        return people, people
+    cases_before = np.floor(people * fraction + 1e-9).astype(np.int64)
+    chosen = _is_case(people, fraction) == wanted
+    return people[chosen], (cases_before if wanted else people - cases_before)[chosen]
+
+
+def _candidates_each(trait: Trait, request: Request, wanted: bool | None) -> int:
     """Candidates of a person in the first round: a power of two near twice what one acceptance takes under a normal
     score.
 
@@ -234,58 +254,68 @@ def _candidates_each(trait: Trait, request: Request) -> int:
     chance = 1.0
     if request.score_range is not None:
         chance *= float(ndtr(request.score_range[1]) - ndtr(request.score_range[0]))
-    if request.case_fraction is not None:
+    if wanted is not None:
         assert trait.prevalence is not None
-        rarest = [trait.prevalence] if request.case_fraction > 0 else []
-        rarest += [1 - trait.prevalence] if request.case_fraction < 1 else []
-        chance *= min(rarest)
+        chance *= trait.prevalence if wanted else 1 - trait.prevalence
     return int(2 ** np.clip(np.ceil(np.log2(2 / max(chance, 1e-12))), 1, 12))
 
 
 def _accepted(
-    model: LiStephens, request: Request, site_c: np.ndarray, people: np.ndarray, each: int, seed: int
+    model: LiStephens,
+    request: Request,
+    site_c: np.ndarray,
+    people: np.ndarray,
+    number: np.ndarray,
+    wanted: bool | None,
+    each: int,
+    seed: int,
 ) -> Drawn:
-    """For each of consecutive `people` the first of its candidates that is what was asked for."""
+    """For each of `people` the first of its candidates that is what was asked for.
+
+    Candidates are people of the model too, with numbers of their own: those of person `number` in one round follow one
+    another, and neighbours who wait together are drawn together; who is drawn with whom changes nothing.
+    """
     trait = request.trait
     assert trait is not None
-    found: dict[int, Drawn] = {}
-    waiting, candidates, accepted = people, 0, 0
+    offset = ROUND // 2 if wanted is False else 0
+    found: dict[int, tuple[Drawn, int]] = {}
+    waiting, candidates, accepted = np.arange(len(people)), 0, 0
     for turn in range(MOST_ROUNDS):
-        # neighbours who wait together are drawn together; who is drawn with whom changes nothing
-        for run in np.split(waiting, np.flatnonzero(np.diff(waiting) != 1) + 1):
-            first = turn * ROUND + int(run[0]) * each
+        for run in np.split(waiting, np.flatnonzero(np.diff(number[waiting]) != 1) + 1):
+            first = turn * ROUND + offset + int(number[run[0]]) * each
             made = _candidates(model, len(run) * each, request, seed, first)
-            candidates += made.candidates
             score = _scores(model, trait, site_c, made.paths)
             beside = noise(trait, range(first, first + made.n), seed, with_covariates=True)
             right = np.ones(made.n, dtype=bool)
             if request.score_range is not None:
                 sd = np.sqrt(trait.heritability)
                 right &= (score >= request.score_range[0] * sd) & (score <= request.score_range[1] * sd)
-            if request.case_fraction is not None:
-                person = np.repeat(run, each)
-                wanted = _is_case(person, request.case_fraction)
+            if wanted is not None:
                 right &= (score + beside > trait.threshold) == wanted
             hits = np.flatnonzero(right)
-            accepted += len(hits)
+            candidates, accepted = candidates + made.n, accepted + len(hits)
             owner, where = np.unique(hits // each, return_index=True)
             chosen = take(made, hits[where])
-            ids = [f"SYN{int(run[at]):09d}" for at in owner]
+            ids = [f"SYN{int(people[run[at]]):09d}" for at in owner]
             known = phenotypes(trait, ids, score[hits[where]], beside[hits[where]])
             for at, place in enumerate(owner.tolist()):
-                one = take(chosen, np.array([at]))
-                found[int(run[place])] = Drawn(one.paths, one.group_n, one.tracts, known.take(np.array([at])), 0, 0)
-        waiting = np.array([k for k in people.tolist() if k not in found], dtype=np.int64)
+                found[int(run[place])] = (replace(chosen, phenotypes=known), at)
+        waiting = np.array([k for k in range(len(people)) if k not in found], dtype=np.int64)
         if len(waiting) == 0:
             break
     if len(waiting):
         raise UsageError(
             "people that the model gives now and then",
-            f"none of {MOST_ROUNDS * each} candidates was one for person {waiting[0]}", "sample",
+            f"none of {MOST_ROUNDS * each} candidates was one for person {people[waiting[0]]}", "sample",
             "a wider --prs-range, a higher prevalence, or another group",
         )  # fmt: skip
-    made = joined([found[k] for k in people.tolist()])
-    return Drawn(made.paths, made.group_n, made.tracts, made.phenotypes, candidates, accepted)
+    parts = []
+    for k in range(len(people)):
+        drawn, at = found[k]
+        assert drawn.phenotypes is not None
+        parts.append(replace(take(drawn, np.array([at])), phenotypes=drawn.phenotypes.take(np.array([at])), judged={}))
+    name = "people" if wanted is None else "cases" if wanted else "controls"
+    return replace(joined(parts), judged={name: (accepted, candidates)})
 
 
 def _is_case(person: np.ndarray, fraction: float) -> np.ndarray:
@@ -337,7 +367,8 @@ def summary(model: LiStephens, drawn: Drawn, request: Request) -> dict[str, obje
         share_na = drawn.tracts.shares(admixture.contig_starts_cm(model))
         told["ancestry"] = dict(zip(drawn.tracts.sources, np.round(share_na.mean(axis=0), 4).tolist()))
     if drawn.phenotypes is not None:
-        told["acceptance"] = drawn.accepted / max(1, drawn.candidates)
+        for name, (accepted, candidates) in drawn.judged.items():
+            told[f"acceptance_{name}"] = accepted / max(1, candidates)
         if drawn.phenotypes.case_s is not None:
             told["cases"] = int(drawn.phenotypes.case_s.sum())
         told["mean_prs_sd"] = float(drawn.phenotypes.score_s.mean() / np.sqrt(request.trait.heritability))  # type: ignore[union-attr]
