@@ -180,7 +180,7 @@ def entry_of(compared: Path, into: Path, **values: object) -> Path:
 def test_other_tools_enter_and_failures_are_rows(compared: Path, genotype_track, tmp_path: Path) -> None:
     track, data = genotype_track
     good = entry_of(compared, tmp_path / "good", training_data_sha256="0" * 64)
-    late = entry_of(compared, tmp_path / "late", seed=1, training_seconds=112.0)
+    late = entry_of(compared, tmp_path / "late", seed=1, training_seconds=112.0, budget_of="wall")
     few = entry_of(compared, tmp_path / "few", seed=2)
     write_panel(read_panel(few / "samples.bcf").select(samples=slice(0, 20)), few / "samples.bcf")
     odd = entry_of(compared, tmp_path / "odd", seed=3)
