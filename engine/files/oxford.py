@@ -29,7 +29,6 @@ _COPY_BYTES = 16 << 20
 _TEXT_BYTES = 16 << 20  # of alleles laid out at one time
 _MAX_LINE = 1 << 28
 _NONE = np.zeros(0, dtype=np.uint64)
-_NONE = np.zeros(0, dtype=np.uint64)
 _HEADER = "ID_1 ID_2 missing sex\n0 0 0 D\n"
 
 

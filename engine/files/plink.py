@@ -30,7 +30,6 @@ _BLOCK_BYTES = 48 << 20  # int32 alleles held at one time
 _COPY_BYTES = 16 << 20
 _MAX_LINE = 1 << 24
 _ONE = np.uint64(1)
-_ONE = np.uint64(1)
 
 
 def read_pgen(path: str | Path, *, region: str | None = None) -> GenotypeData:
@@ -354,8 +353,6 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         haploid_s = np.diff(head.haplotypes_of_sample) == 1
         places_here = {plain_contig(each) for each in np.unique(head.contig).tolist()}
         is_male = haploid_s & (not places_here <= {"MT", "M", "26"})
-        if head.hemizygous is not None:
-            is_male |= head.hemizygous[1]
         if head.hemizygous is not None:
             is_male |= head.hemizygous[1]
         given = ["unknown"] * len(haploid_s) if layout.sex is None else layout.sex

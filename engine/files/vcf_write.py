@@ -212,8 +212,6 @@ def _records_bcf(data: GenotypeData, start_r: np.ndarray, contig_index: Mapping[
                 gt_bsp[:, second, 1] = two | _phase(one, two, 0, data.phased)
             if data.hemizygous is not None:
                 gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], np.array([1]))] = 0x81
-            if data.hemizygous is not None:
-                gt_bsp[np.ix_(data.hemizygous[0][block.start_b[:-1]], data.hemizygous[1], np.array([1]))] = 0x81
             body = gt_bsp.reshape(records, -1)
         individual = len(head) + body.shape[1] if samples else 0
         for k in range(records):
@@ -286,11 +284,6 @@ def _records_text(data: GenotypeData, start_r: np.ndarray) -> Iterator[Any]:
                 one, two = coded_bn[:, first[second]], coded_bn[:, first[second] + 1]
                 text_bt[:, start_s[second] + 1] = separators[_phase(one, two, ord("."), data.phased)]
                 text_bt[:, start_s[second] + 2] = two
-        alone_b = np.zeros(records, dtype=bool)
-        if data.hemizygous is not None:
-            alone_b = data.hemizygous[0][block.start_b[:-1]]
-            kept_t = np.ones(length, dtype=bool)
-            kept_t[np.concatenate([start_s[data.hemizygous[1]] + k for k in (1, 2)])] = False
         alone_b = np.zeros(records, dtype=bool)
         if data.hemizygous is not None:
             alone_b = data.hemizygous[0][block.start_b[:-1]]

@@ -71,9 +71,6 @@ def gamete(
     return np.take_along_axis(parent_2l, from_l[None], axis=0)[0], from_l
 
 
-# ------------------------------------------------------------------------------------------------------------------ p
-
-
 def _family(
     name: str, sites: Sites, train: Pool, holdout: Pool, n: int, rng: np.random.Generator
 ) -> NDArray[np.uint64]:
