@@ -6,7 +6,6 @@ carries it is lost. A haploid call stands as a homozygote. Layout: https://www.c
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import numpy as np
 
 from engine.atomic import atomic_path
 from engine.errors import UsageError
+from engine.files import genotypes
 from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.files.plink import as_diploid, check_names
 
 _EVEN = np.uint64(0x5555555555555555)
 _ONE = np.uint64(1)
-_COPY_BYTES = 16 << 20
 _ROWS_BYTES = 16 << 20  # of calls laid out at one time
 
 
@@ -62,7 +61,6 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
     path, head = Path(path), layout.head
     base = path.with_suffix("")
     sexes = ["unknown"] * len(head.sample_ids) if layout.sex is None else layout.sex
-    code = {"male": "1", "female": "2"}
     with (
         atomic_path(base.with_name(base.name + ".fam")) as partial_fam,
         atomic_path(base.with_name(base.name + ".bim")) as partial_bim,
@@ -70,13 +68,13 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
     ):
         with open(partial, "wb") as stream:
             stream.write(b"\x6c\x1b\x01")
-            for place in places:
-                with open(place, "rb") as source:
-                    shutil.copyfileobj(source, stream, _COPY_BYTES)
+            genotypes.append_files(stream, places)
         with open(partial_bim, "w", encoding="utf-8") as text:
             position_l = head.position_bp.tolist()
             for at in range(head.n_sites):
                 alt = "0" if head.alt[at] == "." else head.alt[at]
                 text.write(f"{head.contig[at]}\t{head.id[at]}\t0\t{position_l[at]}\t{alt}\t{head.ref[at]}\n")
         people = zip(head.sample_ids, sexes)
-        partial_fam.write_text("".join(f"0\t{name}\t0\t0\t{code.get(sex, '0')}\t-9\n" for name, sex in people))
+        partial_fam.write_text(
+            "".join(f"0\t{name}\t0\t0\t{genotypes.SEX_CODES.get(sex, '0')}\t-9\n" for name, sex in people)
+        )

@@ -7,8 +7,11 @@ records, is here. Groups, genetic positions and whatever else a model needs are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -16,8 +19,11 @@ from engine.errors import InputError
 from engine.kernels import bits
 
 MAX_ALTS = 9  # of a rejoined record: one digit in text
+SEX_NAMES = {"1": "male", "m": "male", "male": "male", "2": "female", "f": "female", "female": "female"}
+SEX_CODES = {"male": "1", "female": "2"}  # of PLINK and Oxford; who is neither has their word for unknown
 _JOINED_BYTES = 16 << 20  # unpacked alleles held at one time by a writer
 _BLOCK_BYTES = 32 << 20  # unpacked alleles held at one time while haplotypes are selected
+_COPY_BYTES = 16 << 20
 
 
 @dataclass
@@ -125,6 +131,25 @@ def haplotype_index(first_haplotype: np.ndarray, samples: np.ndarray) -> tuple[n
     offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
     index = np.repeat(first_haplotype[:-1][samples] - offsets[:-1], count) + np.arange(offsets[-1])
     return index.astype(np.int64), offsets
+
+
+def without_second(
+    bits_lw: np.ndarray, missing_lw: np.ndarray | None, haploid_s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Planes of two haplotypes a sample without the second of those that are haploid, bool (S,).
+
+    Returns:
+        bits_lw; missing_lw, None where nothing is missing any more; int64 (S + 1,), what each sample owns.
+    """
+    first = np.concatenate([[0], np.cumsum(np.where(haploid_s, 1, 2))]).astype(np.int64)
+    if haploid_s.any():
+        n = 2 * len(haploid_s)
+        index = np.flatnonzero(np.stack([np.ones_like(haploid_s), ~haploid_s], axis=1).ravel())
+        bits_lw = take_haplotypes(bits_lw, n, index)
+        if missing_lw is not None:
+            missing_lw = take_haplotypes(missing_lw, n, index)
+            missing_lw = missing_lw if missing_lw.any() else None
+    return bits_lw, missing_lw, first
 
 
 def tail_mask(n: int) -> np.ndarray:
@@ -257,6 +282,13 @@ def joined_blocks(data: GenotypeData, start_r: np.ndarray) -> Iterator[JoinedBlo
             if (called_b < n).any():
                 allele_bn[bits.unpack(missing_bw, n).astype(bool)] = 255
         yield JoinedBlock(start_b, allele_bn, called_b, row_count)
+
+
+def append_files(stream: IO[bytes], places: Sequence[Path]) -> None:
+    """Copy the files `places` to `stream`, one after another."""
+    for place in places:
+        with open(place, "rb") as source:
+            shutil.copyfileobj(source, stream, _COPY_BYTES)
 
 
 def contig_names(data: GenotypeData) -> list[str]:

@@ -8,7 +8,6 @@ documentation, "haps/sample files"; plink2 --haps and --sample.
 from __future__ import annotations
 
 import gzip
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.files.plink import check_names
 from engine.kernels import bits
 
-_COPY_BYTES = 16 << 20
 _TEXT_BYTES = 16 << 20  # of alleles laid out at one time
 _MAX_LINE = 1 << 28
 _NONE = np.zeros(0, dtype=np.uint64)
@@ -83,16 +81,14 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
     """Write .sample and, last, the .haps from the parts of all its records, in order."""
     path = Path(path)
     sexes = ["unknown"] * len(layout.head.sample_ids) if layout.sex is None else layout.sex
-    code = {"male": "1", "female": "2"}
     with atomic_path(sample_path(path)) as partial_sample, atomic_path(path) as partial:
         with open(partial, "wb") as stream:
-            for place in places:
-                with open(place, "rb") as source:
-                    shutil.copyfileobj(source, stream, _COPY_BYTES)
+            genotypes.append_files(stream, places)
             if path.name.endswith(".gz"):
                 stream.write(EOF_BLOCK)
         people = zip(layout.head.sample_ids, sexes)
-        partial_sample.write_text(_HEADER + "".join(f"{n} {n} 0 {code.get(sex, '0')}\n" for n, sex in people))
+        lines = (f"{name} {name} 0 {genotypes.SEX_CODES.get(sex, '0')}\n" for name, sex in people)
+        partial_sample.write_text(_HEADER + "".join(lines))
 
 
 def read_haps(path: str | Path) -> GenotypeData:
@@ -137,17 +133,10 @@ def read_haps(path: str | Path) -> GenotypeData:
     bits_lw, missing_lw = np.array(rows), None
     if any(len(row) for row in lost_rows):
         missing_lw = np.array([row if len(row) else np.zeros_like(rows[0]) for row in lost_rows])
-    n = 2 * len(ids)
-    first = np.concatenate([[0], np.cumsum(np.where(haploid_s, 1, 2))]).astype(np.int64)
-    if haploid_s.any():
-        index = np.flatnonzero(np.stack([np.ones(len(ids), bool), ~haploid_s], axis=1).ravel())
-        assert missing_lw is not None
-        bits_lw = genotypes.take_haplotypes(bits_lw, n, index)
-        missing_lw = genotypes.take_haplotypes(missing_lw, n, index)
-        missing_lw, n = missing_lw if missing_lw.any() else None, len(index)
+    bits_lw, missing_lw, first = genotypes.without_second(bits_lw, missing_lw, haploid_s)
     text = lambda k: np.array([row[k] for row in columns], dtype=object)  # noqa: E731
     data = GenotypeData(
-        bits_lw, n, missing_lw, True, np.array([row[0] for row in columns], dtype=str),
+        bits_lw, int(first[-1]), missing_lw, True, np.array([row[0] for row in columns], dtype=str),
         np.array([int(row[2]) for row in columns], dtype=np.int64), text(1), text(3), text(4),
         np.zeros(len(rows), dtype=np.int16), ids, first,
     )  # fmt: skip

@@ -8,7 +8,6 @@ on these contigs only. The pseudo-autosomal regions of X are contigs of their ow
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,7 +26,6 @@ from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.kernels import bits
 
 _BLOCK_BYTES = 48 << 20  # int32 alleles held at one time
-_COPY_BYTES = 16 << 20
 _MAX_LINE = 1 << 24
 _ONE = np.uint64(1)
 
@@ -51,7 +49,7 @@ def read_pgen(path: str | Path, *, region: str | None = None) -> GenotypeData:
     for each in (pgen, pvar, psam):
         if not each.is_file():
             raise InputError(".pgen, .pvar and .psam of one name", f"no {each.name}", path)
-    ids, male_s = _read_psam(psam)
+    ids, sex = read_psam(psam)
     contig, position, name, ref, alts, header = _read_pvar(pvar)
     _check_pgen(pgen, len(ids), len(position))
     keep = np.arange(len(position))
@@ -69,18 +67,13 @@ def read_pgen(path: str | Path, *, region: str | None = None) -> GenotypeData:
         text = fault.args[0] if fault.args else ""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
         raise InputError("a readable .pgen", text.strip(), pgen) from None
-    n = 2 * len(ids)
     places = {plain_contig(each) for each in np.unique(contig[keep]).tolist()}
     haploid_s = np.zeros(len(ids), dtype=bool)
     if places and places <= {"X", "Y", "24"}:
-        haploid_s = male_s & ~het_s
+        haploid_s = (np.zeros_like(het_s) if sex is None else sex == "male") & ~het_s
     elif places and places <= {"MT", "M", "26"}:
         haploid_s = ~het_s
-    first = np.concatenate([[0], np.cumsum(np.where(haploid_s, 1, 2))]).astype(np.int64)
-    if haploid_s.any():
-        index = np.flatnonzero(np.stack([np.ones(len(ids), bool), ~haploid_s], axis=1).ravel())
-        bits_lw = genotypes.take_haplotypes(bits_lw, n, index)
-        missing_lw = None if missing_lw is None else genotypes.take_haplotypes(missing_lw, n, index)
+    bits_lw, missing_lw, first = genotypes.without_second(bits_lw, missing_lw, haploid_s)
     several = counts[row_variant] > 1
     return GenotypeData(
         bits_lw=bits_lw,
@@ -191,8 +184,8 @@ def _lines(path: Path) -> list[str]:
     return made
 
 
-def _read_psam(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sample names, and which have SEX 1."""
+def read_psam(path: Path) -> tuple[list[str], np.ndarray | None]:
+    """Sample names, and their sex, str (S,) "male", "female" or "unknown"; None without a column SEX."""
     lines = [line for line in _lines(path) if line and not line.startswith("##")]
     columns = lines[0].lstrip("#").split() if lines else []
     if not lines or not lines[0].startswith("#") or "IID" not in columns:
@@ -204,8 +197,10 @@ def _read_psam(path: Path) -> tuple[list[str], np.ndarray]:
     ids = [row[columns.index("IID")] for row in rows]
     if len(set(ids)) != len(ids):
         raise InputError("distinct sample names", "one twice", path)
-    sex = [row[columns.index("SEX")].lower() if "SEX" in columns else "na" for row in rows]
-    return ids, np.array([each in ("1", "m", "male") for each in sex], dtype=bool)
+    if "SEX" not in columns:
+        return ids, None
+    sex = [genotypes.SEX_NAMES.get(row[columns.index("SEX")].lower(), "unknown") for row in rows]
+    return ids, np.array(sex, dtype=str)
 
 
 def _read_pvar(
@@ -346,9 +341,7 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         with open(partial, "wb") as stream:
             alleles_r = np.diff(layout.start_r) + 1
             stream.write(pgen_write.header(types_r, length_r, alleles_r, len(head.sample_ids)))
-            for place in places:
-                with open(place, "rb") as source:
-                    shutil.copyfileobj(source, stream, _COPY_BYTES)
+            genotypes.append_files(stream, places)
         _write_pvar(partial_pvar, layout)
         haploid_s = np.diff(head.haplotypes_of_sample) == 1
         places_here = {plain_contig(each) for each in np.unique(head.contig).tolist()}
@@ -356,7 +349,7 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         if head.hemizygous is not None:
             is_male |= head.hemizygous[1]
         given = ["unknown"] * len(haploid_s) if layout.sex is None else layout.sex
-        codes = ["1" if m else {"male": "1", "female": "2"}.get(s, "NA") for m, s in zip(is_male.tolist(), given)]
+        codes = ["1" if m else genotypes.SEX_CODES.get(s, "NA") for m, s in zip(is_male.tolist(), given)]
         lines = ["#IID\tSEX", *(f"{name}\t{code}" for name, code in zip(head.sample_ids, codes))]
         partial_psam.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

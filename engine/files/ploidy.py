@@ -11,7 +11,6 @@ Bounds of the pseudo-autosomal regions: Genome Reference Consortium, GRCh37.p13 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -166,19 +165,6 @@ def with_par_contigs(data: GenotypeData) -> GenotypeData:
         ends = [f"{chromosome}PAR1", each, f"{chromosome}PAR2"] if each == name else [each]
         lengths |= dict.fromkeys(ends, length)
     return replace(data, contig=contig.astype(str), contig_length=lengths)
-
-
-def sex_of_psam(path: Path) -> np.ndarray | None:
-    """Sex of each sample of a .psam, str (S,), in its order; None where it has no column SEX. The reader has checked
-    the file."""
-    rows = [
-        line.split() for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("##")
-    ]
-    columns = [name.lstrip("#") for name in rows[0]]
-    if "SEX" not in columns:
-        return None
-    names = {"1": "male", "m": "male", "male": "male", "2": "female", "f": "female", "female": "female"}
-    return np.array([names.get(row[columns.index("SEX")].lower(), "unknown") for row in rows[1:]], dtype=str)
 
 
 def without_haplotypes(data: GenotypeData, dropped: np.ndarray) -> GenotypeData:

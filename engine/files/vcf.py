@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import numba
-import numpy as np
 
 from engine.errors import InputError, Unsupported, UsageError
 from engine.files import genotypes, vcf_cyvcf2, vcf_fast
@@ -75,14 +74,7 @@ def _genotypes(found: Read, region: str | None, path: Path) -> GenotypeData:
         raise InputError(f"records in {region}", "none", path, "a contig name as in the file's header")
     names, bits_lw, missing_lw, ploidy = found.names, found.bits_lw, found.missing_lw, found.ploidy
     header = found.structure.header
-    n = 2 * len(names)
-    first = np.concatenate([[0], np.cumsum(np.where(ploidy.haploid(), 1, 2))]).astype(np.int64)
-    if first[-1] != n:
-        index = np.flatnonzero(np.stack([np.ones(len(names), bool), ~ploidy.haploid()], axis=1).ravel())
-        bits_lw = genotypes.take_haplotypes(bits_lw, n, index)
-        if missing_lw is not None:
-            missing_lw = genotypes.take_haplotypes(missing_lw, n, index)
-            missing_lw = missing_lw if missing_lw.any() else None
+    bits_lw, missing_lw, first = genotypes.without_second(bits_lw, missing_lw, ploidy.haploid())
     return GenotypeData(
         bits_lw=bits_lw,
         n_haplotypes=int(first[-1]),

@@ -8,7 +8,6 @@ are joined by copying. Layouts: VCF 4.3 specification, sections 1 and 6.
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,6 @@ from engine.files.genotypes import Block, GenotypeData, Layout
 _TBI_LIMIT = 2**29  # the .tbi index ends here; longer contigs get a .csi
 _OWN_KEYS = ("##fileformat", "##contig", "##INFO", "##FORMAT", "##FILTER", "#CHROM")
 _MISSING_FLOAT = struct.pack("<I", 0x7F800001)
-_COPY_BYTES = 16 << 20
 
 
 def write_vcf(
@@ -93,8 +91,7 @@ def _write(path: Path, layout: Layout, bodies: Iterable[bytes | Path]) -> None:
         with open(partial, "wb") as stream:
             for body in chain(compressed([text]), bodies, [EOF_BLOCK]):
                 if isinstance(body, Path):
-                    with open(body, "rb") as source:
-                        shutil.copyfileobj(source, stream, _COPY_BYTES)
+                    genotypes.append_files(stream, [body])
                 else:
                     stream.write(body)
         options = ["-c" if suffix == ".csi" else "-t", "-f", "-o", str(partial_index)]

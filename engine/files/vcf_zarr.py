@@ -298,12 +298,7 @@ def read_vcz(path: str | Path) -> GenotypeData:
     alt_l = np.arange(len(variant_l)) - row_v[:-1][variant_l] + 1
     padded_va = np.concatenate([allele_va, np.full((variants, 1), "")], axis=1)
     meta = {str(key): str(value) for key, value in attributes.get("vcf_meta_information", [])}
-    first = np.concatenate([[0], np.cumsum(np.where(haploid_s, 1, 2))]).astype(np.int64)
-    if haploid_s.any() and missing_lw is not None:
-        index = np.flatnonzero(np.stack([np.ones(samples, bool), ~haploid_s], axis=1).ravel())
-        bits_lw = genotypes.take_haplotypes(bits_lw, 2 * samples, index)
-        missing_lw = genotypes.take_haplotypes(missing_lw, 2 * samples, index)
-        missing_lw = missing_lw if missing_lw.any() else None
+    bits_lw, missing_lw, first = genotypes.without_second(bits_lw, missing_lw, haploid_s)
     data = GenotypeData(
         bits_lw, int(first[-1]), missing_lw, all_phased, np.array(contigs, dtype=str)[contig_v][variant_l],
         position_v[variant_l], id_v[variant_l], allele_va[variant_l, 0].astype(object),

@@ -19,7 +19,7 @@ import numpy as np
 from engine.atomic import write_text
 from engine.errors import InputError, UsageError, closest
 from engine.files import genetic_map, genotype_files, genotypes, ploidy
-from engine.files.genotypes import GenotypeData
+from engine.files.genotypes import SEX_NAMES, GenotypeData
 from engine.kernels import bits
 
 Selection = Any  # None, slice, integer indices, boolean mask; for samples also a list of ids
@@ -218,7 +218,11 @@ def read_panel(
         raise InputError("at least one site", "none", path, "another region" if region else "a file with records")
     if samples_tsv is not None:
         group, sex = read_samples(samples_tsv, data.sample_ids, group_column=group_column)
-    stated = sex if sex is not None or path.suffix != ".pgen" else ploidy.sex_of_psam(path.with_suffix(".psam"))
+    stated = sex
+    if sex is None and path.suffix == ".pgen":
+        from engine.files.plink import read_psam
+
+        stated = read_psam(path.with_suffix(".psam"))[1]
     data = ploidy.mark(data, sex=stated, where=path)
     panel = panel_from_genotypes(data)
     if maps:
@@ -416,10 +420,9 @@ def read_samples(
     if "" in group:
         raise InputError("a group for every sample", f"none for '{wanted[group.index('')]}'", path)
     sex = column("sex", "gender")
-    names = {"male": "male", "m": "male", "1": "male", "female": "female", "f": "female", "2": "female"}
     return (
         np.array(group, dtype=str),
-        None if sex is None else np.array([names.get(value.lower(), "unknown") for value in sex], dtype=str),
+        None if sex is None else np.array([SEX_NAMES.get(value.lower(), "unknown") for value in sex], dtype=str),
     )
 
 
