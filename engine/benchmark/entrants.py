@@ -140,7 +140,7 @@ def _write_panel(task: Task, panel: Any) -> str:
 
 def _people(task: Task, side: str) -> Any:
     """Real people of a side, as many as samples are asked for, drawn by the seed and given the ids of synthetic ones."""
-    from engine.genomics.panel import read_panel
+    from engine.genomics.panel import read_panel, synthetic_ids
 
     panel = read_panel(task.sides.side(side))
     wanted = task.track.samples
@@ -148,7 +148,7 @@ def _people(task: Task, side: str) -> Any:
         raise UsageError(f"at least {wanted} people on the side '{side}'", str(panel.n_samples), task.track.name)
     order = seeding.generator(task.seed, f"benchmark.{side}").permutation(panel.n_samples)[:wanted]
     drawn = panel.select(samples=np.sort(order))
-    return replace(drawn, samples=replace(drawn.samples, ids=[f"SYN{k:09d}" for k in range(wanted)]))
+    return replace(drawn, samples=replace(drawn.samples, ids=synthetic_ids(0, wanted)))
 
 
 def _ceiling_people(task: Task) -> Made:

@@ -126,7 +126,7 @@ def take_haplotypes(bits_lw: np.ndarray, n: int, index: np.ndarray) -> np.ndarra
 
 
 def haplotype_index(first_haplotype: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Haplotypes of the chosen samples in their order, and their new offsets (S' + 1,)."""
+    """Haplotypes of the chosen samples in their order, and their new offsets (S' + 1,); so too for any table by offsets."""
     count = np.diff(first_haplotype)[samples]
     offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
     index = np.repeat(first_haplotype[:-1][samples] - offsets[:-1], count) + np.arange(offsets[-1])

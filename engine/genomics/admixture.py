@@ -15,7 +15,7 @@ copied after a break is independent of whoever was copied before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import yaml
 
 from engine import seeding
 from engine.errors import UsageError, closest
-from engine.genomics.li_stephens import DEFAULT_CM_PER_MB, LiStephens, Paths
+from engine.genomics.li_stephens import LiStephens, Paths
 from engine.genomics.local_ancestry import Tracts
 
 MOST_GENERATIONS = 10_000.0
@@ -104,16 +104,9 @@ def label(pulses: list[Pulse]) -> str:
     return "+".join(dict.fromkeys(name for pulse in pulses for name in pulse.share))
 
 
-def centimorgans(model: LiStephens) -> np.ndarray:
-    """float64 (L,): genetic position of every site; without a map what the model assumed."""
-    if model.sites.position_cm is not None:
-        return model.sites.position_cm
-    return model.sites.position_bp * (DEFAULT_CM_PER_MB / 1e6)
-
-
 def contig_starts_cm(model: LiStephens) -> np.ndarray:
     """float64 (C,): genetic position at which each contig's tracts begin, its first site."""
-    return centimorgans(model)[np.flatnonzero(np.isinf(model.distance_l))]
+    return model.sites.centimorgans()[np.flatnonzero(np.isinf(model.distance_l))]
 
 
 def paths(
@@ -154,7 +147,7 @@ def paths(
 
 def _tracts(model: LiStephens, pulses: list[Pulse], sources: list[str], n: int, seed: int, start: int) -> Tracts:
     """The tracts of 2n haplotypes by the pulse model."""
-    cm_l, bp_l = centimorgans(model), model.sites.position_bp
+    cm_l, bp_l = model.sites.centimorgans(), model.sites.position_bp
     first_c = np.flatnonzero(np.isinf(model.distance_l))
     stop_c = np.append(first_c[1:], model.n_sites)
     contigs = [str(name) for name in model.sites.contig[first_c]]
@@ -262,16 +255,10 @@ def _spliced(
         flip_offset.append(flip_offset[-1] + flips)
     empty = np.zeros(0, dtype=np.int64)
     segment_index, flip_index = np.concatenate([empty, *segment_at]), np.concatenate([empty, *flip_at])
-    values: dict[str, np.ndarray] = {}
-    for each in fields(Paths):  # whatever else a path says of its segments and alleles goes with them
-        columns = [getattr(part, each.name) for part in parts]
-        if each.name.endswith("_s"):
-            values[each.name] = np.concatenate(columns)[segment_index]
-        elif each.name.endswith("_f"):
-            values[each.name] = np.concatenate(columns)[flip_index]
     donor_s = np.concatenate([empty, *redrawn])
-    values["segment_donor_s"] = np.where(donor_s >= 0, donor_s, values["segment_donor_s"]).astype(np.int32)
-    values["segment_start_s"] = np.concatenate([empty, *starts])
-    values["segment_offset_n"] = np.array(segment_offset, dtype=np.int64)
-    values["flip_offset_n"] = np.array(flip_offset, dtype=np.int64)
-    return Paths(**values)
+    copied_s = np.concatenate([part.segment_donor_s for part in parts])[segment_index]
+    return Paths(
+        np.array(segment_offset, dtype=np.int64), np.concatenate([empty, *starts]),
+        np.where(donor_s >= 0, donor_s, copied_s).astype(np.int32), np.array(flip_offset, dtype=np.int64),
+        np.concatenate([part.flip_site_f for part in parts])[flip_index],
+    )  # fmt: skip

@@ -24,7 +24,6 @@ from engine.kernels import bits
 from engine.seeding import generator
 
 RELATIVES = 30  # people in each control, at most
-_CM_PER_MB = 1.0
 _DEGREES = (("twins", SAME_PERSON), ("children", FIRST_DEGREE), ("grandchildren", SECOND_DEGREE))
 
 
@@ -58,13 +57,10 @@ def gamete(
     parent_2l: NDArray[np.uint8], sites: Sites, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """One haplotype that a parent of these two transmits, uint8 (L,), and which of the two each site is from, int64 (L,)."""
-    from_l = np.empty(parent_2l.shape[1], dtype=np.int64)
+    from_l, position_cm = np.empty(parent_2l.shape[1], dtype=np.int64), sites.centimorgans()
     edges = np.flatnonzero(np.concatenate([[True], sites.contig[1:] != sites.contig[:-1], [True]]))
     for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist()):
-        if sites.position_cm is None:
-            at_cm = sites.position_bp[first:stop] * (_CM_PER_MB / 1e6)
-        else:
-            at_cm = sites.position_cm[first:stop]
+        at_cm = position_cm[first:stop]
         low, high = float(at_cm.min()), float(at_cm.max())
         crossed_cm = np.sort(rng.uniform(low, high, rng.poisson((high - low) / 100)))
         from_l[first:stop] = (rng.integers(2) + np.searchsorted(crossed_cm, at_cm)) % 2

@@ -21,9 +21,8 @@ from scipy.special import logsumexp
 
 from engine import seeding
 from engine.errors import InputError, Unsupported, UsageError, closest
-from engine.genomics.li_stephens import DEFAULT_CM_PER_MB
 from engine.genomics.matching import common_sites
-from engine.genomics.panel import HaplotypePanel, Samples
+from engine.genomics.panel import HaplotypePanel, Samples, synthetic_ids
 from engine.kernels import bits
 
 PSEUDOCOUNT = 0.5  # of each allele; the Krichevsky-Trofimov estimate, so that no allele is impossible
@@ -211,9 +210,7 @@ def fit_hapnest(
         raise UsageError("ne and rho above 0", f"{ne} and {rho}", "fit")
     names, members = _groups(panel, per_group)
     starts = np.flatnonzero(np.r_[True, panel.sites.contig[1:] != panel.sites.contig[:-1]])
-    position_cm = panel.sites.position_cm
-    if position_cm is None:
-        position_cm = panel.sites.position_bp * (DEFAULT_CM_PER_MB / 1e6)
+    position_cm = panel.sites.centimorgans()
     falls = np.flatnonzero(np.diff(position_cm) < 0) + 1
     if len(np.setdiff1d(falls, starts)):
         raise InputError("genetic positions that do not fall", f"a fall at site {int(falls[0])}", "fit")
@@ -270,7 +267,5 @@ def _person_groups(
 
 def _synthetic(like: HaplotypePanel, bits_lw: np.ndarray, groups: list[str]) -> HaplotypePanel:
     n = len(groups)
-    samples = Samples(
-        [f"SYN{k:09d}" for k in range(n)], np.array(groups, dtype=str), None, 2 * np.arange(n + 1, dtype=np.int64)
-    )
+    samples = Samples(synthetic_ids(0, n), np.array(groups, dtype=str), None, 2 * np.arange(n + 1, dtype=np.int64))
     return HaplotypePanel(bits_lw, None, like.sites, samples, True, dict(like.contig_length), like.assembly)

@@ -28,12 +28,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine import seeding
 from engine.errors import InputError, UsageError, closest
+from engine.files.genotypes import haplotype_index
 from engine.genomics.matching import common_sites
-from engine.genomics.panel import HaplotypePanel, Samples, Sites
+from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
 from engine.kernels import bits, haplotype_hmm
 
 LEAST_SWITCH = 1e-12
-DEFAULT_CM_PER_MB = 1.0
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -104,6 +104,25 @@ class Paths:
     segment_donor_s: np.ndarray
     flip_offset_n: np.ndarray
     flip_site_f: np.ndarray
+
+    def take(self, index: np.ndarray) -> Paths:
+        """The paths of haplotypes `index`, int64, in this order."""
+        segments, segment_offset_n = haplotype_index(self.segment_offset_n, index)
+        flips, flip_offset_n = haplotype_index(self.flip_offset_n, index)
+        return Paths(
+            segment_offset_n, self.segment_start_s[segments], self.segment_donor_s[segments], flip_offset_n,
+            self.flip_site_f[flips],
+        )  # fmt: skip
+
+
+def joined_paths(parts: Sequence[Paths]) -> Paths:
+    """The haplotypes of several tables of paths, in order."""
+    column = lambda name: np.concatenate([getattr(part, name) for part in parts])  # noqa: E731
+    counted = lambda name: np.concatenate([[0], *(np.diff(getattr(part, name)) for part in parts)])  # noqa: E731
+    return Paths(
+        np.cumsum(counted("segment_offset_n")), column("segment_start_s"), column("segment_donor_s"),
+        np.cumsum(counted("flip_offset_n")), column("flip_site_f"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -300,12 +319,12 @@ class LiStephens:
         Args and errors as for `paths`. The whole result is held in memory, 2 n L / 8 bytes.
         """
         paths, group_n = self.paths(n, groups=groups, seed=seed, start=start, progress=progress)
-        samples = Samples(
-            [f"SYN{k:09d}" for k in range(start, start + n)],
-            np.array(self.group_names, dtype=str)[group_n],
-            None,
-            2 * np.arange(n + 1, dtype=np.int64),
-        )
+        return self.people(paths, np.array(self.group_names, dtype=str)[group_n], start)
+
+    def people(self, paths: Paths, groups: np.ndarray, start: int = 0) -> HaplotypePanel:
+        """People start, start + 1, ... with these paths, two haplotypes each, and groups, str (n,); whole in memory."""
+        n = len(groups)
+        samples = Samples(synthetic_ids(start, n), groups, None, 2 * np.arange(n + 1, dtype=np.int64))
         return HaplotypePanel(
             self.materialise(paths), None, self.sites, samples, True, dict(self.contig_length), self.assembly
         )
@@ -439,11 +458,9 @@ def fit(panel: HaplotypePanel, config: LiStephensConfig | None = None) -> LiStep
     contig_l = panel.sites.contig
     new_contig = np.ones(panel.n_sites, dtype=bool)
     new_contig[1:] = contig_l[1:] != contig_l[:-1]
-    position_cm = panel.sites.position_cm
-    if position_cm is None:
-        position_cm = panel.sites.position_bp * (DEFAULT_CM_PER_MB / 1e6)
+    if panel.sites.position_cm is None:
         warnings.append(f"no genetic map was given: {DEFAULT_CM_PER_MB:g} cM per Mb assumed throughout")
-    distance_l = np.diff(position_cm, prepend=0.0) / 100
+    distance_l = np.diff(panel.sites.centimorgans(), prepend=0.0) / 100
     distance_l[new_contig] = np.inf
     if not (distance_l >= 0).all():
         at = int(np.flatnonzero(~(distance_l >= 0))[0])

@@ -17,6 +17,7 @@ import numpy as np
 
 from engine.atomic import atomic_path
 from engine.errors import InputError
+from engine.files.genotypes import haplotype_index
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ class Tracts:
 
     def take(self, index: np.ndarray) -> Tracts:
         """The tracts of haplotypes `index`, int64, in this order."""
-        count_n = np.diff(self.offset_n)[index]
-        offset_n = np.concatenate([[0], np.cumsum(count_n)]).astype(np.int64)
-        at = np.repeat(self.offset_n[:-1][index] - offset_n[:-1], count_n) + np.arange(offset_n[-1])
+        at, offset_n = haplotype_index(self.offset_n, index)
         return Tracts(
             self.sources, self.contigs, offset_n, self.source_t[at], self.contig_t[at], self.end_bp_t[at],
             self.end_cm_t[at], self.start_site_t[at],

@@ -7,7 +7,6 @@ panels by site or sample. Memory is about `haplotypes * sites / 8` bytes.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,11 +17,12 @@ import numpy as np
 
 from engine.atomic import write_text
 from engine.errors import InputError, UsageError, closest
-from engine.files import genetic_map, genotype_files, genotypes, ploidy
+from engine.files import delimited, genetic_map, genotype_files, genotypes, ploidy
 from engine.files.genotypes import SEX_NAMES, GenotypeData
 from engine.kernels import bits
 
 Selection = Any  # None, slice, integer indices, boolean mask; for samples also a list of ids
+DEFAULT_CM_PER_MB = 1.0  # of sites without a map
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Sites:
     alt: np.ndarray
     alt_index: np.ndarray
     position_cm: np.ndarray | None = None
+
+    def centimorgans(self) -> np.ndarray:
+        """float64 (L,): genetic positions; without a map DEFAULT_CM_PER_MB is assumed throughout."""
+        return self.position_bp * (DEFAULT_CM_PER_MB / 1e6) if self.position_cm is None else self.position_cm
 
 
 @dataclass(frozen=True)
@@ -380,23 +384,16 @@ def read_samples(
         InputError: a wanted sample is absent or listed twice with different values, or the table has no group column.
     """
     rows: dict[str, list[str]] = {}
-    with open(path, encoding="utf-8", newline="") as stream:
-        first = stream.readline()
-        stream.seek(0)
-        mark = next((each for each in "\t," if each in first), None)
-        reader: Any = (line.split() for line in stream) if mark is None else csv.reader(stream, delimiter=mark)
-        header = [name.strip().lstrip("#").lower() for name in next(reader, [])]
-        if len(header) < 2:
-            raise InputError("a header such as 'sample<TAB>group'", f"{header}", path)
-        id_at = next((header.index(name) for name in ("sample", "iid", "id", "sample_id") if name in header), 0)
-        for number, row in enumerate(reader, start=2):
-            row = [cell.strip() for cell in row]
-            if len(row) <= id_at or not row[id_at]:
-                continue
-            if rows.setdefault(row[id_at], row) != row:
-                raise InputError(
-                    "one row per sample", f"'{row[id_at]}' again with other values", f"{path}, line {number}"
-                )
+    names, lines = delimited.read(path)
+    header = [name.lower() for name in names]
+    if len(header) < 2:
+        raise InputError("a header such as 'sample<TAB>group'", f"{header}", path)
+    id_at = next((header.index(name) for name in ("sample", "iid", "id", "sample_id") if name in header), 0)
+    for number, row in enumerate(lines, start=2):
+        if len(row) <= id_at or not row[id_at]:
+            continue
+        if rows.setdefault(row[id_at], row) != row:
+            raise InputError("one row per sample", f"'{row[id_at]}' again with other values", f"{path}, line {number}")
     absent = [name for name in wanted if name not in rows]
     if absent:
         raise InputError(
@@ -424,6 +421,11 @@ def read_samples(
         np.array(group, dtype=str),
         None if sex is None else np.array([SEX_NAMES.get(value.lower(), "unknown") for value in sex], dtype=str),
     )
+
+
+def synthetic_ids(start: int, n: int) -> list[str]:
+    """Names of synthetic people start .. start+n-1: SYN000000000 and so on."""
+    return [f"SYN{k:09d}" for k in range(start, start + n)]
 
 
 def write_samples(panel: HaplotypePanel, path: str | Path) -> None:

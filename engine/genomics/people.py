@@ -10,7 +10,7 @@ as the model's cases do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from scipy.special import ndtr
 from engine.errors import InputError, UsageError
 from engine.genomics import admixture, local_ancestry, sex_chromosomes, stream
 from engine.genomics.admixture import Pulse
-from engine.genomics.li_stephens import LiStephens, Paths
+from engine.genomics.li_stephens import LiStephens, Paths, joined_paths
 from engine.genomics.local_ancestry import Tracts
-from engine.genomics.panel import HaplotypePanel, Samples
+from engine.genomics.panel import HaplotypePanel, synthetic_ids
 from engine.genomics.phenotypes import Phenotypes, Trait, join_phenotypes, noise, phenotypes, write_phenotypes
 from engine.kernels import bits
 
@@ -124,8 +124,8 @@ def draw(
         made = _candidates(model, n, request, seed, start)
         score_n = _scores(model, trait, site_c, made.paths)
         beside_n = noise(trait, range(start, start + n), seed, with_covariates=True)
-        ids = names(start, n)
-        return Drawn(made.paths, made.group_n, made.tracts, phenotypes(trait, ids, score_n, beside_n), {})
+        known = phenotypes(trait, synthetic_ids(start, n), score_n, beside_n)
+        return Drawn(made.paths, made.group_n, made.tracts, known, {})
     people, kept, done = np.arange(start, start + n), [], 0
     for wanted in (None,) if request.case_fraction is None else (True, False):
         chosen, number = _numbered(people, request.case_fraction, wanted)
@@ -151,11 +151,7 @@ def panel_of(model: LiStephens, drawn: Drawn, request: Request, *, seed: int = 0
     """The people with their alleles, groups and sexes, named SYN000000000 and so on; on X men have one haplotype
     outside PAR."""
     sex = sex_chromosomes.draw_sexes(model, drawn.group_n, seed, start, request.sex)
-    samples = Samples(names(start, drawn.n), drawn.group_n, None, 2 * np.arange(drawn.n + 1, dtype=np.int64))
-    made = HaplotypePanel(
-        model.materialise(drawn.paths), None, model.sites, samples, True, dict(model.contig_length), model.assembly
-    )
-    return sex_chromosomes.with_sexes(made, sex)
+    return sex_chromosomes.with_sexes(model.people(drawn.paths, drawn.group_n, start), sex)
 
 
 def source(
@@ -172,7 +168,7 @@ def source(
 def write_beside(drawn: Drawn, path: Path, *, start: int = 0) -> None:
     """Write what a genotype file does not hold: local ancestry (`PATH.bp`) and phenotypes (`PATH.pheno.tsv`)."""
     if drawn.tracts is not None:
-        local_ancestry.write_bp(path.with_name(f"{path.name}.bp"), names(start, drawn.n), drawn.tracts)
+        local_ancestry.write_bp(path.with_name(f"{path.name}.bp"), synthetic_ids(start, drawn.n), drawn.tracts)
     if drawn.phenotypes is not None:
         write_phenotypes(drawn.phenotypes, path.with_name(f"{path.name}.pheno.tsv"))
 
@@ -188,16 +184,11 @@ def join_beside(shards: list[Path], out: Path) -> None:
             join(parts, out.with_name(f"{out.name}.{what}"))
 
 
-def names(start: int, n: int) -> list[str]:
-    """Names of people start .. start+n-1."""
-    return [f"SYN{k:09d}" for k in range(start, start + n)]
-
-
 def take(drawn: Drawn, index: np.ndarray) -> Drawn:
     """The people `index`, int64, in this order, without phenotypes."""
     haplotypes = np.stack([2 * index, 2 * index + 1], axis=1).ravel()
     tracts = None if drawn.tracts is None else drawn.tracts.take(haplotypes)
-    return Drawn(_take_paths(drawn.paths, haplotypes), drawn.group_n[index], tracts, None, drawn.judged)
+    return Drawn(drawn.paths.take(haplotypes), drawn.group_n[index], tracts, None, drawn.judged)
 
 
 def joined(parts: list[Drawn]) -> Drawn:
@@ -220,7 +211,7 @@ def joined(parts: list[Drawn]) -> Drawn:
             before = judged.get(name, (0, 0))
             judged[name] = (before[0] + accepted, before[1] + candidates)
     return Drawn(
-        _join_paths([part.paths for part in parts]),
+        joined_paths([part.paths for part in parts]),
         np.concatenate([part.group_n for part in parts]),
         local_ancestry.joined(tracts) if tracts else None,
         together,
@@ -296,7 +287,7 @@ def _accepted(
             candidates, accepted = candidates + made.n, accepted + len(hits)
             owner, where = np.unique(hits // each, return_index=True)
             chosen = take(made, hits[where])
-            ids = [f"SYN{int(people[run[at]]):09d}" for at in owner]
+            ids = [synthetic_ids(int(people[run[at]]), 1)[0] for at in owner]
             known = phenotypes(trait, ids, score[hits[where]], beside[hits[where]])
             for at, place in enumerate(owner.tolist()):
                 found[int(run[place])] = (replace(chosen, phenotypes=known), at)
@@ -331,33 +322,6 @@ def _scores(model: LiStephens, trait: Trait, site_c: np.ndarray, paths: Paths) -
         allele_n = bits.unpack(model.materialise(paths, site, site + 1), haplotypes)[0]
         dosage_sc[:, c] = allele_n[0::2].astype(np.int64) + allele_n[1::2]
     return trait.score(dosage_sc)
-
-
-def _take_paths(paths: Paths, index: np.ndarray) -> Paths:
-    """Paths of haplotypes `index`, int64, in this order."""
-    values: dict[str, np.ndarray] = {}
-    for kind, offsets in (("_s", "segment_offset_n"), ("_f", "flip_offset_n")):
-        offset_n = getattr(paths, offsets)
-        count_n = np.diff(offset_n)[index]
-        made_n = np.concatenate([[0], np.cumsum(count_n)]).astype(np.int64)
-        at = np.repeat(offset_n[:-1][index] - made_n[:-1], count_n) + np.arange(made_n[-1])
-        values[offsets] = made_n
-        for each in fields(Paths):
-            if each.name.endswith(kind):
-                values[each.name] = getattr(paths, each.name)[at]
-    return Paths(**values)
-
-
-def _join_paths(parts: list[Paths]) -> Paths:
-    values: dict[str, np.ndarray] = {}
-    for kind, offsets in (("_s", "segment_offset_n"), ("_f", "flip_offset_n")):
-        shifts = np.cumsum([0, *(int(getattr(part, offsets)[-1]) for part in parts)])
-        ends = [getattr(part, offsets)[1:] + shift for part, shift in zip(parts, shifts)]
-        values[offsets] = np.concatenate([[0], *ends]).astype(np.int64)
-        for each in fields(Paths):
-            if each.name.endswith(kind):
-                values[each.name] = np.concatenate([getattr(part, each.name) for part in parts])
-    return Paths(**values)
 
 
 def summary(model: LiStephens, drawn: Drawn, request: Request) -> dict[str, object]:

@@ -16,7 +16,6 @@ other panels, synthetic ones too, get the same trait.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from scipy.special import ndtri
 
 from engine import atomic, seeding
 from engine.errors import InputError, UsageError, closest
-from engine.files import ploidy
+from engine.files import delimited, ploidy
 from engine.files.genetic_map import plain_contig
 from engine.genomics.matching import site_keys
 from engine.genomics.panel import HaplotypePanel
@@ -338,12 +337,8 @@ def read_covariates(path: str | Path, wanted: Sequence[str], names: Sequence[str
     Raises:
         InputError: an absent column or person, or a value that is no number.
     """
-    with open(path, encoding="utf-8", newline="") as stream:
-        first = stream.readline()
-        stream.seek(0)
-        reader = csv.reader(stream, delimiter="\t" if "\t" in first else ",")
-        header = [name.strip().lstrip("#") for name in next(reader, [])]
-        rows = {row[0]: row for row in reader if row}
+    header, lines = delimited.read(path)
+    rows = {row[0]: row for row in lines if row}
     made: dict[str, np.ndarray] = {}
     for name in names:
         if name not in header[1:]:
@@ -404,12 +399,8 @@ def _scaled(
 
 def _read_effects(panel: HaplotypePanel, path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the panel and effects per ALT allele, in the order of sites."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        first = stream.readline()
-        stream.seek(0)
-        reader = csv.reader(stream, delimiter="\t" if "\t" in first else ",")
-        header = [name.strip().lstrip("#").lower() for name in next(reader, [])]
-        cells = [[cell.strip() for cell in row] for row in reader if row]
+    names, cells = delimited.read(path)
+    header = [name.lower() for name in names]
     column = lambda *names: next((header.index(name) for name in names if name in header), None)  # noqa: E731
     id_at, beta_at, allele_at = column("id", "snp"), column("beta", "effect"), column("a1", "allele", "effect_allele")
     contig_at, position_at = column("contig", "chrom", "chr"), column("position", "pos", "bp")
@@ -423,6 +414,8 @@ def _read_effects(panel: HaplotypePanel, path: str | Path) -> tuple[np.ndarray, 
     usable_l = _frequencies(panel)[1]
     found: dict[int, float] = {}
     for number, row in enumerate(cells, start=2):
+        if not row:
+            continue
         where = f"{path}, line {number}"
         try:
             wanted: object = row[id_at] if id_at is not None else None

@@ -26,7 +26,7 @@ from engine import atomic
 from engine.errors import InputError, UsageError
 from engine.files import genotype_files, genotypes, ploidy
 from engine.files.genotypes import Block, GenotypeData, Layout
-from engine.genomics.panel import HaplotypePanel, Samples, genotypes_from_panel, panel_from_genotypes
+from engine.genomics.panel import HaplotypePanel, Samples, genotypes_from_panel, panel_from_genotypes, synthetic_ids
 from engine.kernels import bits
 
 Rows = Callable[[int, int], np.ndarray]  # first row, end -> uint64 (rows, words)
@@ -256,7 +256,7 @@ def of_paths(held: HeldPaths, groups: np.ndarray, *, start: int = 0, sex: list[s
     first = 2 * np.arange(n + 1, dtype=np.int64)
     head = replace(
         joinable, bits_lw=genotypes.without_alleles(model.n_sites, 2 * n), n_haplotypes=2 * n, haplotypes_of_sample=first,
-        sample_ids=[f"SYN{k:09d}" for k in range(start, start + n)],
+        sample_ids=synthetic_ids(start, n),
     )  # fmt: skip
     return Source(head, groups, held.rows, joinable, sex)
 
