@@ -1,8 +1,9 @@
 """Li-Stephens copying model: a target haplotype is an imperfect mosaic of K reference haplotypes.
 
 Here are the likelihood of targets, their forward and backward states, the posterior of who is copied where (whole, or
-summed to dosages, groups, likeliest donors and expected counts), sampled copying paths, and the building of mosaics from
-given paths. Where switch and mismatch probabilities come from (maps, Ne, groups) is decided in `engine.genomics`.
+summed to dosages, groups, likeliest donors and expected counts), sampled copying paths, the building of mosaics from
+given paths, and several chains side by side as predictors of the next allele (`bank`). Where switch and mismatch
+probabilities come from (maps, Ne, groups) is decided in `engine.genomics`.
 
 The model (Li and Stephens, Genetics 165:2213, 2003, in the form that kalis and IMPUTE use): the hidden state at site l
 is the copied haplotype k. It starts from the prior, stays with probability 1 - switch_l[l] between site l-1 and l and
@@ -44,12 +45,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.kernels.haplotype_hmm import checks
+from engine.kernels.haplotype_hmm.bank import Bank, BankState, bank_predict, bank_start
 from engine.kernels.haplotype_hmm.checks import Ancestry
 
 __all__ = [
     "Ancestry",
+    "Bank",
+    "BankState",
     "PosteriorSums",
     "backward_states",
+    "bank_predict",
+    "bank_start",
     "forward_states",
     "log_likelihood",
     "materialise",

@@ -2,7 +2,8 @@
 
 A batch of targets is walked sixteen (float32) or eight (float64) at a time over a condensed panel (`condense`,
 `numba_lanes`, and on top of them `numba_paths` and `numba_smooth`); fewer targets than it takes to earn back the cutting of the
-panel are walked directly (`numba_direct`, likelihood only). Mosaics are built in `numba_mosaic`. All run in parallel.
+panel are walked directly (`numba_direct`, likelihood only), and so are banks of chains (`numba_bank`). Mosaics are built
+in `numba_mosaic`. All run in parallel.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.kernels.haplotype_hmm import numba_direct, numba_lanes, numba_paths, numba_smooth
+from engine.kernels.haplotype_hmm import numba_bank, numba_direct, numba_lanes, numba_paths, numba_smooth
 from engine.kernels.haplotype_hmm.condense import Condensed, condense
 from engine.kernels.haplotype_hmm.lanes import BYTES
 from engine.kernels.haplotype_hmm.numba_mosaic import materialise
 from engine.kernels.haplotype_hmm.threads import in_threads
 
-__all__ = ["log_likelihood", "materialise", "posterior", "posterior_paths", "posterior_sums", "states"]
+__all__ = ["bank_predict", "log_likelihood", "materialise", "posterior", "posterior_paths", "posterior_sums", "states"]
 
 FEW = 4  # targets: up to so many are walked directly
 
@@ -102,6 +103,29 @@ def log_likelihood(
         chunk=1,
     )
     return result_n
+
+
+def bank_predict(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    state: Any,
+    first_site: int,
+    stop_site: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As the door's `bank_predict`."""
+    shape = (len(target_nl), stop_site - first_site, len(bank.parent_c))
+    logit_nlc, donors_nlc = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    if logit_nlc.size:
+        in_threads(
+            numba_bank.walk, len(target_nl), reference_lw.reshape(-1), reference_lw.shape[1], k, target_nl,
+            bank.switch_cl, bank.mismatch_cl, bank.parent_c, bank.floor_c, _excluded(exclude_ne, len(target_nl)), first_site,
+            stop_site, state.state_nck, state.sums_nct, logit_nlc, donors_nlc, chunk=1,
+        )  # fmt: skip
+    return logit_nlc, donors_nlc
 
 
 def posterior_paths(

@@ -153,6 +153,52 @@ def states(
     return found, logs
 
 
+def bank_predict(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    state: Any,
+    first_site: int,
+    stop_site: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As the door's `bank_predict`."""
+    alleles_lk = unpack(reference_lw, k)
+    shape = (len(target_nl), stop_site - first_site, len(bank.parent_c))
+    logit_nlc, donors_nlc = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for n, target_l in enumerate(target_nl):
+        uniform_k = np.ones(k)
+        if exclude_ne is not None:
+            uniform_k[exclude_ne[n][exclude_ne[n] >= 0]] = 0
+        uniform_k /= uniform_k.sum()
+        p_ck = state.state_nck[n, :, :k].astype(np.float64)
+        for site in range(first_site, stop_site):
+            for c, parent in enumerate(bank.parent_c):
+                draw_k, switch = uniform_k, 1.0
+                if parent >= 0:
+                    draw_k = (1 - bank.floor_c[c]) * p_ck[parent] + bank.floor_c[c] * uniform_k
+                f_k = np.zeros(k)
+                if site > 0:
+                    switch, wrong = bank.switch_cl[c, site], bank.mismatch_cl[c, site - 1]
+                    seen_k = np.where(alleles_lk[site - 1] == target_l[site - 1], 1 - wrong, wrong)
+                    f_k = p_ck[c] * (seen_k if target_l[site - 1] != 255 else 1.0)
+                    f_k /= f_k.sum()
+                p_ck[c] = (1 - switch) * f_k + switch * draw_k
+                wrong = bank.mismatch_cl[c, site]
+                is_alt, is_ref = (
+                    p_ck[c] @ np.where(alleles_lk[site] == allele, 1 - wrong, wrong) for allele in (1, 0)
+                )
+                logit_nlc[n, site - first_site, c] = np.log(is_alt / is_ref)
+                donors_nlc[n, site - first_site, c] = 1 / (p_ck[c] ** 2).sum()
+        state.state_nck[n, :, :k] = p_ck
+        if stop_site > first_site:
+            state.sums_nct[n, :, 1] = p_ck @ alleles_lk[stop_site - 1]
+            state.sums_nct[n, :, 0] = p_ck @ (1 - alleles_lk[stop_site - 1])
+    return logit_nlc, donors_nlc
+
+
 def _posterior(chain: Chain) -> np.ndarray:
     """float64 (L, A, K), each site of sum 1; NaN for an impossible target."""
     forward_states, scale = forward(chain)
