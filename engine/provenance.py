@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def record(
     command: str,
     *,
     config: dict[str, Any] | None = None,
-    inputs: Iterable[str | Path] = (),
+    inputs: Iterable[str | Path] | Mapping[str, str | Path] = (),
     seed: int | None = None,
     synthetic: bool = False,
     extra: dict[str, Any] | None = None,
@@ -87,7 +87,8 @@ def record(
     Args:
         command: the engine's own name of the step, e.g. "genomics sample" (not the raw command line: it holds paths).
         config: the complete resolved config.
-        inputs: files and folders that were read; recorded by name, size and SHA-256.
+        inputs: files and folders that were read; recorded by name, size and SHA-256. A mapping names them itself, where
+            the name of a file may name a person.
         seed: the run's seed where one was used.
         synthetic: the folder holds synthetic data; marked in words a machine can find.
         extra: further entries of the step, e.g. seconds per stage.
@@ -101,7 +102,9 @@ def record(
         "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **commit(),
         "config": config or {},
-        "inputs": [input_record(path) for path in inputs],
+        "inputs": [{**input_record(path), "name": name} for name, path in inputs.items()]
+        if isinstance(inputs, Mapping)
+        else [input_record(path) for path in inputs],
         "seed": seed,
         "versions": versions(),
         "machine": machine(),

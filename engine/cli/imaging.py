@@ -27,15 +27,20 @@ app = typer.Typer(no_args_is_help=True, help="3D scans: train a latent diffusion
 @app.command()
 def prepare(
     config: Annotated[Path, typer.Option("--config", help="YAML, one whole run; see configs/imaging/.")],
-    data: Annotated[Path, typer.Option("--data", help="CSV, as for train.")],
+    data: Annotated[Path, typer.Option("--data", help="CSV or BIDS dataset, as for train.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the fitted scans; it holds people's data.")],
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; default: the job's cores.")
+    ] = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
 ) -> None:
     """Read, check and fit the scans that training will read; `train --cache` takes the folder."""
     from engine.imaging.prepare import prepare_command
 
-    emit(prepare_command(config, data, out, overrides=overrides or []), json)
+    with progress_bar() as progress:
+        made = prepare_command(config, data, out, overrides=overrides or [], workers=workers, progress=progress)
+    emit(made, json)
 
 
 @app.command()
@@ -43,7 +48,10 @@ def train(
     config: Annotated[Path, typer.Option("--config", help="YAML, one whole run; see configs/imaging/.")],
     data: Annotated[
         Path,
-        typer.Option("--data", help="CSV: image, optionally label, subject, visit, covariates; paths relative to it."),
+        typer.Option(
+            "--data",
+            help="CSV: image, optionally label, subject, visit, covariates; paths relative to it. Or a BIDS dataset.",
+        ),
     ],
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
@@ -171,6 +179,14 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for findings and a montage.")] = None,
     modality: Annotated[str | None, typer.Option("--modality", help="What NIfTI files hold: CT (HU) or MR.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the metrics that learn on --train.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML of the learned metrics; see configs/imaging/evaluate.yaml.")
+    ] = None,
+    overrides: Overrides = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder for networks learned on --train; made of people's data.")
+    ] = None,
     seed: Seed = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -180,7 +196,18 @@ def evaluate(
 
     with progress_bar() as progress:
         result = evaluate_command(
-            real, synthetic, train=train, out=out, modality=modality, seed=seed, report=scan_report, progress=progress
+            real,
+            synthetic,
+            train=train,
+            out=out,
+            modality=modality,
+            seed=seed,
+            quick=quick,
+            config=config,
+            overrides=overrides or [],
+            cache=cache,
+            report=scan_report,
+            progress=progress,
         )
     emit(result, json, lambda r: finding_lines(r["findings"]))
 

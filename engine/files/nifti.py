@@ -131,7 +131,7 @@ def _other_half(path: Path, suffix: str, wanted: str) -> Path:
     for candidate in (path.with_name(name[:-4] + wanted), path.with_name(name[:-4] + wanted + ".gz")):
         if candidate.is_file() and not candidate.is_symlink():
             return candidate
-    raise InputError(f"its other half {name[:-4] + wanted} beside it", "none", path)
+    raise InputError(f"its other half, {wanted}, beside it", "none", path)
 
 
 def _read_header(source: ByteSource, warnings: list[str]) -> _Layout:

@@ -4,7 +4,6 @@ dict."""
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from engine import provenance
-from engine.atomic import atomic_folder, write_json, write_text
+from engine.atomic import atomic_folder, write_json
 from engine.errors import InputError, UsageError
+from engine.files import bids
+from engine.files.delimited import write_csv
 from engine.imaging.config import BASELINE, load_config
 
 Progress = Callable[[str, int, int], None]
@@ -89,6 +90,7 @@ def sample_command(
     from engine.imaging.inputs import follow_up as at_follow_up
     from engine.imaging.inputs import read_scans
     from engine.imaging.volume import write_volume
+    from engine.training.checkpoint import folder_of
 
     if not 0 <= shard[0] < shard[1]:
         raise UsageError("a shard (i, k) with 0 <= i < k", f"{shard}", "shard")
@@ -146,11 +148,7 @@ def sample_command(
         given_names = [name for name in names if not name.startswith(BASELINE) or any(name in row for row in rows)]
         labelled = ["label"] if produce == "pair" else []
         columns = list(dict.fromkeys(["image", *labelled, "subject", "visit", *given_names]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(folder / "volumes.csv", text.getvalue())
+        write_csv(folder / "volumes.csv", columns, rows)
         made = [str(row[column]) for row in rows for column in ("image", *labelled)]
         digests = {name: provenance.input_record(folder / name)["sha256"] for name in made}
         write_json(folder / "checksums.json", digests)
@@ -158,7 +156,7 @@ def sample_command(
             folder,
             "imaging sample",
             config=model.config.model_dump(mode="json"),
-            inputs=[Path(run) / "config.yaml", Path(run) / "checkpoints" / f"step-{model.step:06d}"],
+            inputs=[Path(run) / "config.yaml", folder_of(run, model.step)],
             seed=seed,
             synthetic=True,
             extra={
@@ -197,6 +195,7 @@ def paint_command(
     from engine.imaging.generate import load_model
     from engine.imaging.paint import paint
     from engine.imaging.volume import read_volume, write_volume
+    from engine.training.checkpoint import folder_of
 
     model = load_model(run, device)
     scan = read_volume(image, modality=model.config.data.modality)
@@ -215,16 +214,12 @@ def paint_command(
                 write_volume(mask, folder / "generated.nii.gz", description="WHERE VOXELS ARE SYNTHETIC")
             if progress is not None:
                 progress("painting", index + 1, n)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(folder / "volumes.csv", text.getvalue())
+        write_csv(folder / "volumes.csv", ["image", *(set or {})], rows)
         provenance.write(
             folder,
             "imaging paint",
             config=model.config.model_dump(mode="json"),
-            inputs=[Path(run) / "config.yaml", Path(run) / "checkpoints" / f"step-{model.step:06d}"],
+            inputs=[Path(run) / "config.yaml", folder_of(run, model.step)],
             seed=seed,
             extra={"volumes": n, "resamples": resamples, "scans_of_people": True},
         )
@@ -240,6 +235,10 @@ def evaluate_command(
     out: str | Path | None = None,
     modality: str | None = None,
     seed: int = 0,
+    quick: bool = False,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    cache: str | Path | None = None,
     report: Callable[[Path, Any, int], Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -247,13 +246,15 @@ def evaluate_command(
     it has one.
 
     `modality` says what NIfTI files hold, which does not record it ("CT" = Hounsfield units).
+    With `train`, and unless `quick`, the metrics of `engine.imaging.quality` are added, as the QualityConfig at `config`
+    and `overrides` say; networks are kept in `cache` (default: the cache of the run folder that `train` lies in, if it does).
     With `out`, the folder gets `findings.json`, `montage.png` and `provenance.json`, and what `report(folder, evaluation,
     seed)` adds to it.
     """
     from engine.imaging.evaluate import evaluate, montage_image
 
     real, persons = read_folder(real_dir, modality)
-    synthetic, _ = read_folder(synthetic_dir, modality)
+    synthetic, synthetic_persons = read_folder(synthetic_dir, modality)
     fitted, fitted_persons = read_folder(train, modality) if train else (None, None)
     made = evaluate(
         real,
@@ -266,7 +267,17 @@ def evaluate_command(
     )
     if progress is not None:
         progress("evaluating", 1, 1)
+    networks: dict[str, str] = {}
+    if train is not None and not quick:
+        sides = {"real": (real_dir, real, persons), "train": (train, fitted, fitted_persons)}
+        learned = _learned_metrics(
+            {**sides, "synthetic": (synthetic_dir, synthetic, synthetic_persons)}, config, overrides, cache, seed, progress
+        )
+        made = replace(made, findings=[*made.findings, *learned.findings])
+        networks = learned.networks
     result = {"real": len(real), "synthetic": len(synthetic), "findings": [f.to_json() for f in made.findings]}
+    if networks:
+        result["networks"] = networks
     if out is not None:
         from matplotlib.image import imsave
 
@@ -276,8 +287,41 @@ def evaluate_command(
             imsave(folder / "montage.png", enlarged, cmap="gray", vmin=0, vmax=255)
             if report is not None:
                 report(folder, made, seed)
-            provenance.write(folder, "imaging evaluate", inputs=[real_dir, synthetic_dir], seed=seed)
+            provenance.write(
+                folder, "imaging evaluate", inputs=[real_dir, synthetic_dir], seed=seed, extra={"networks": networks}
+            )
     return result
+
+
+def _learned_metrics(
+    folders: Mapping[str, tuple[Any, Any, Any]],
+    config: str | Path | None,
+    overrides: Sequence[str],
+    cache: str | Path | None,
+    seed: int,
+    progress: Progress | None,
+) -> Any:
+    """The assessment of sides that are (folder, volumes, people) by name; labels are those of the training side."""
+    from engine.imaging.dataset import common_grid
+    from engine.imaging.quality.assess import assess
+    from engine.imaging.quality.config import load_quality_config
+    from engine.imaging.quality.sides import label_maps, label_values, read_cells, side_of
+
+    settings, grid = load_quality_config(config, overrides), common_grid(folders["synthetic"][1], "evaluate")
+    cells = {name: read_cells(folder, len(volumes)) for name, (folder, volumes, _) in folders.items()}
+    maps = {name: label_maps(one) for name, one in cells.items()}
+    values = label_values(maps["train"]) if maps["train"] and maps["real"] else []
+    sides = {
+        name: side_of(volumes, people, grid, maps=maps[name], labels=values, covariates=cells[name].covariates)
+        for name, (_, volumes, people) in folders.items()
+    }
+    run = Path(str(folders["train"][0])).parent
+    if cache is None and (run / "config.yaml").is_file():
+        cache = run / "cache"
+    return assess(
+        sides["real"], sides["train"], sides["synthetic"], settings, labels=len(values), seed=seed,
+        cache=None if cache is None else Path(cache), progress=progress,
+    )  # fmt: skip
 
 
 def read_folder(folder: str | Path, modality: str | None = None) -> tuple[list[Any], list[str]]:
@@ -289,12 +333,13 @@ def read_folder(folder: str | Path, modality: str | None = None) -> tuple[list[A
     from engine.imaging.volume import read_volume
 
     paths, persons = folder_paths(folder)
-    return [read_volume(path, modality=modality) for path in paths], persons
+    named = [f"scan {k} of {len(paths)} in {Path(folder).name}" for k in range(1, len(paths) + 1)]
+    return [read_volume(path, modality=modality, where=where) for path, where in zip(paths, named)], persons
 
 
 def folder_paths(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Paths of the volumes of a folder and the person of each: through its `volumes.csv` if there is one, else every NIfTI
-    file under it in name order. A path to a CSV file is taken as that table.
+    """Paths of the volumes of a folder and the person of each: through its `volumes.csv` if there is one, of a BIDS
+    dataset its images, else every NIfTI file under it in name order. A path to a CSV file is taken as that table.
 
     Raises:
         InputError: no volume there.
@@ -310,6 +355,9 @@ def folder_paths(folder: str | Path) -> tuple[list[Path], list[str]]:
             )
         paths = [table.parent / row["image"] for row in rows]
         persons = [row.get("subject") or row["image"] for row in rows]
+    elif bids.is_dataset(folder):
+        rows = bids.read_table(folder)[1]
+        paths, persons = [folder / row["image"] for row in rows], [row["subject"] for row in rows]
     else:
         if not folder.is_dir():
             raise InputError("a folder of volumes", "nothing there", folder)

@@ -63,6 +63,9 @@ class DataConfig(_Section):
     holdout_share: float = Field(
         0.2, ge=0, lt=1, description="share of people kept out of training, by hash of the subject"
     )
+    bids_suffix: str | None = Field(
+        None, description="which images of a BIDS dataset, e.g. T1w; null: the only kind there is"
+    )
     split_column: str | None = Field(None, description="column holding train / holdout; replaces the hash")
 
     @model_validator(mode="after")

@@ -2,9 +2,9 @@
 volumes.
 
 The table is a CSV with the columns image, optionally label, subject, visit, and covariates; paths are relative to the
-file. Volumes are read once, reoriented to RAS, brought to the config's grid, scaled to [-1, 1] and cached in the run
-folder; the cache holds people's data and stays inside (docs/imaging.md). A row that cannot be used is one line naming
-its number.
+file; or it is the root of a BIDS dataset (`engine.files.bids`). Volumes are read once, reoriented to RAS, brought to the
+config's grid, scaled to [-1, 1] and cached in the run folder; the cache holds people's data and stays inside
+(docs/imaging.md). A row that cannot be used is one line with its number: names of files may name people, so none is said.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import multiprocessing
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ import torch
 
 from engine.atomic import atomic_path, write_json
 from engine.errors import EngineError, InputError, UsageError, closest
+from engine.files import bids
 from engine.imaging.config import DataConfig, ImagingConfig
 from engine.imaging.denoiser import Condition
 from engine.imaging.labels import channels_of, codes_of
 from engine.imaging.volume import Volume, crop_or_pad, read_volume, reorient, resample
+from engine.training.log import Progress
 
 MR_TOP = 1000.0  # MR volumes leave the engine in arbitrary units, 0 .. MR_TOP
 _MISSING = {"", "na", "nan", "n/a", "none", "null"}
@@ -93,26 +98,20 @@ def read_table(path: str | Path, config: DataConfig) -> list[Row]:
             both sides, or the split column holds something else than train / holdout; names the row.
     """
     path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            columns, records = list(reader.fieldnames or []), list(reader)
-    except FileNotFoundError:
-        raise InputError("a CSV table of scans", "nothing there", path) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError("a CSV table of scans", str(error), path) from None
+    columns, records = read_records(path, config)
+    root = path if path.is_dir() else path.parent
     needed = ["image", *config.covariates, *([config.split_column] if config.split_column else [])]
     for column in needed:
         if column not in columns:
             raise InputError(f"a column '{column}'", ", ".join(columns) or "no header", path, closest(column, columns))
     rows = []
     for number, record in enumerate(records, start=2):
-        where = f"{path} row {number}"
+        where = f"{path.name} row {number}"
         image = (record["image"] or "").strip()
         if not image:
             raise InputError("the path of an image", "an empty cell", where)
-        if not (path.parent / image).exists():
-            raise InputError(f"the image '{image}'", "nothing there", where, "paths are relative to the table")
+        if not (root / image).exists():
+            raise InputError("the image of this row", "nothing there", where, "paths are relative to the table")
         label = (record.get("label") or "").strip()
         subject = (record.get("subject") or "").strip() or Path(image).name
         side = (record[config.split_column] or "").strip().lower() if config.split_column else ""
@@ -121,11 +120,11 @@ def read_table(path: str | Path, config: DataConfig) -> list[Row]:
         rows.append(
             Row(
                 number=number,
-                image=path.parent / image,
-                label=path.parent / label if label else None,
+                image=root / image,
+                label=root / label if label else None,
                 subject=subject,
                 visit=(record.get("visit") or "").strip(),
-                covariates={name: (record[name] or "").strip() for name in config.covariates},
+                covariates={name: (record.get(name) or "").strip() for name in config.covariates},
                 train=side == "train" if side else person_is_training(subject, config.holdout_share),
             )
         )
@@ -139,6 +138,25 @@ def read_table(path: str | Path, config: DataConfig) -> list[Row]:
             "at least one row on the training side", f"none of {len(rows)}", path, "a smaller holdout_share"
         )
     return rows
+
+
+def read_records(path: str | Path, config: DataConfig) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and cells of a CSV table of scans, or of a BIDS dataset as such a table; row 2 is the first.
+
+    Raises:
+        InputError: neither is there, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return bids.read_table(path, config.bids_suffix)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return list(reader.fieldnames or []), list(reader)
+    except FileNotFoundError:
+        raise InputError("a CSV table of scans, or a BIDS dataset", "nothing there", path) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError("a CSV table of scans", str(error), path) from None
 
 
 def learn_covariates(rows: Sequence[Row], config: DataConfig, where: object) -> list[Covariate]:
@@ -300,56 +318,119 @@ class Scans:
     codes_bdhw: np.ndarray | None = None
 
 
-def load_scans(rows: Sequence[Row], config: ImagingConfig, cache: Path | None = None, grid: int = 0) -> Scans:
+def load_scans(
+    rows: Sequence[Row],
+    config: ImagingConfig,
+    cache: Path | None = None,
+    grid: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Scans:
     """Read, fit and scale every row; with `cache`, keep the result there and read it next time.
+
+    What an interrupted call has fitted lies in the cache as one file for each scan, under a hash, and is not fitted again.
+    The result does not depend on `workers`.
 
     Args:
         grid: which of `config.data.grids`.
+        workers: processes; above 1 needs a cache, and a main module that can be imported.
 
     Raises:
         InputError: a row's volume cannot be used; one line with the row's number and the reader's reason.
     """
     data = config.data.grids[grid]
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                data.model_dump(mode="json"),
-                [[str(r.image.name), r.image.stat().st_size, r.image.stat().st_mtime_ns] for r in rows],
-                [r.label.stat().st_mtime_ns for r in rows if r.label and r.label.exists() and data.labels],
-            ]
-        ).encode()
-    ).hexdigest()
+    keys = [_key(row, data) for row in rows]
+    key = hashlib.sha256("\n".join(keys).encode()).hexdigest()
     suffix = f"-{grid}" if grid else ""
     names = [f"scans{suffix}.npy", *([f"labels{suffix}.npy"] if data.labels else [])]
-    if cache is not None and all((cache / name).is_file() for name in (f"scans{suffix}.json", *names)):
+    if cache is None:
+        return _stacked([_fit_named(row, data) for row in rows], rows)
+    if all((cache / name).is_file() for name in (f"scans{suffix}.json", *names)):
         record = json.loads((cache / f"scans{suffix}.json").read_text(encoding="utf-8"))
         if record["key"] == key:
             geometry = np.array(record["geometry_mm"], dtype=np.float64)
             arrays = [np.load(cache / name, mmap_mode="r") for name in names]
             return Scans(arrays[0], geometry[:, :3], geometry[:, 3:], arrays[1] if data.labels else None)
-    arrays, codes = [], []
-    geometry_rows: list[list[float]] = []
-    for row in rows:
+    parts = cache / f"parts{suffix}"
+    parts.mkdir(parents=True, exist_ok=True)
+    paths = [parts / f"{own}.npz" for own in keys]
+    missing = [(row, data, path) for row, path in zip(rows, paths) if not path.is_file()]
+    for done, _ in enumerate(_each(missing, workers), start=1 + len(rows) - len(missing)):
+        if progress is not None:
+            progress("reading scans", done, len(rows))
+    scans = _stacked([_part(path) for path in paths], rows)
+    for name, array in zip(names, [scans.x_bcdhw] if scans.codes_bdhw is None else [scans.x_bcdhw, scans.codes_bdhw]):
+        with atomic_path(cache / name) as partial, partial.open("wb") as stream:
+            np.save(stream, array)
+    geometry = np.concatenate([scans.spacing_mm, scans.centre_mm], axis=1)
+    write_json(cache / f"scans{suffix}.json", {"key": key, "geometry_mm": geometry.tolist()})
+    shutil.rmtree(parts)
+    return scans
+
+
+Fitted = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+"""One row: channels (c, d, h, w), codes (d, h, w) or none, and spacing and centre in mm, float64 (6,)."""
+
+
+def _key(row: Row, data: DataConfig) -> str:
+    """Names a fitted scan: changes with its files, its place in the table, and what is asked of it."""
+
+    def stamp(path: Path) -> list[Any]:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+    label = row.label if row.label and row.label.exists() and data.labels else None
+    said = [2, data.model_dump(mode="json"), row.number, stamp(row.image), stamp(label) if label else None]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _fit_named(row: Row, data: DataConfig) -> Fitted:
+    try:
+        volume, code_dhw = fit_row(row, data)
+    except EngineError as error:
+        where = error.where if error.where.startswith(f"row {row.number}") else f"row {row.number}"
+        raise InputError(error.expected, error.got, where, error.hint) from None
+    return volume.array_cdhw, code_dhw, np.array([*volume.spacing_mm, *centre_of(volume)], dtype=np.float64)
+
+
+def _fit_part(task: tuple[Row, DataConfig, Path]) -> None:
+    row, data, path = task
+    array_cdhw, code_dhw, geometry = _fit_named(row, data)
+    arrays = {"x": array_cdhw, "geometry_mm": geometry, **({} if code_dhw is None else {"codes": code_dhw})}
+    with atomic_path(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def _each(tasks: Sequence[tuple[Row, DataConfig, Path]], workers: int) -> Iterator[None]:
+    if workers <= 1 or len(tasks) <= 1:
+        yield from map(_fit_part, tasks)
+        return
+    # spawned: a fork of a process with threads of PyTorch can hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
         try:
-            volume, code_dhw = fit_row(row, data)
-        except EngineError as error:
-            raise InputError(f"row {row.number}: {error}") from None
-        if arrays and volume.array_cdhw.shape != arrays[0].shape:
+            yield from pool.map(_fit_part, tasks)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _part(path: Path) -> Fitted:
+    with np.load(path, allow_pickle=False) as held:
+        return held["x"], held.get("codes"), held["geometry_mm"]
+
+
+def _stacked(fitted: Sequence[Fitted], rows: Sequence[Row]) -> Scans:
+    channels = fitted[0][0].shape
+    for (array_cdhw, _, _), row in zip(fitted, rows):
+        if array_cdhw.shape != channels:
             raise InputError(
-                f"{len(arrays[0])} channels, as in the first row", f"{volume.array_cdhw.shape[0]}", f"row {row.number}"
+                f"{channels[0]} channels, as in the first row", f"{array_cdhw.shape[0]}", f"row {row.number}"
             )
-        arrays.append(volume.array_cdhw)
-        codes.append(code_dhw)
-        geometry_rows.append([*volume.spacing_mm, *centre_of(volume)])
-    x_bcdhw, geometry = np.stack(arrays), np.array(geometry_rows, dtype=np.float64)
-    codes_bdhw = np.stack([c for c in codes if c is not None]) if data.labels else None
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        for name, array in zip(names, [x_bcdhw] if codes_bdhw is None else [x_bcdhw, codes_bdhw]):
-            with atomic_path(cache / name) as partial, partial.open("wb") as stream:
-                np.save(stream, array)
-        write_json(cache / f"scans{suffix}.json", {"key": key, "geometry_mm": geometry.tolist()})
-    return Scans(x_bcdhw, geometry[:, :3], geometry[:, 3:], codes_bdhw)
+    geometry = np.stack([own for _, _, own in fitted])
+    codes = [code_dhw for _, code_dhw, _ in fitted if code_dhw is not None]
+    x_bcdhw = np.stack([array_cdhw for array_cdhw, _, _ in fitted])
+    return Scans(x_bcdhw, geometry[:, :3], geometry[:, 3:], np.stack(codes) if codes else None)
 
 
 def fit_row(row: Row, data: DataConfig) -> tuple[Volume, np.ndarray | None]:
@@ -359,19 +440,20 @@ def fit_row(row: Row, data: DataConfig) -> tuple[Volume, np.ndarray | None]:
     Raises:
         InputError: a file cannot be used, the label map lies elsewhere than the image, or there is none where one is needed.
     """
+    where = f"row {row.number}"
     if not data.labels:
-        return fit_volume(read_volume(row.image, modality=data.modality), data), None
+        return fit_volume(read_volume(row.image, modality=data.modality, where=where), data), None
     path = row.label if row.label is not None or data.image_channels else row.image
     if path is None:
-        raise InputError("a label map (column label)", "an empty cell", row.image)
-    drawn = read_volume(path)
-    codes = fit_codes(drawn, data, path)
+        raise InputError("a label map (column label)", "an empty cell", where)
+    drawn = read_volume(path, where=f"{where}, label")
+    codes = fit_codes(drawn, data, f"{where}, label")
     if not data.image_channels:
         return replace(codes, array_cdhw=channels_of(_codes(codes), len(data.labels))), _codes(codes)
-    image = read_volume(row.image, modality=data.modality)
+    image = read_volume(row.image, modality=data.modality, where=where)
     apart = image.shape_dhw != drawn.shape_dhw or not np.allclose(image.affine, drawn.affine, atol=0.05)
     if apart:
-        raise InputError("a label map on the image's grid", "another grid", path, "resample it to the image")
+        raise InputError("a label map on the image's grid", "another grid", where, "resample it to the image")
     fitted = fit_volume(image, data)
     if data.produce == "pair":
         channels = channels_of(_codes(codes), len(data.labels))

@@ -153,7 +153,7 @@ def train_private(
             out,
             "imaging train",
             config=shown,
-            inputs=[data_csv, *(r.image for r in rows)],
+            inputs={Path(data_csv).name: data_csv, **{f"row {r.number}": r.image for r in rows}},
             seed=config.seed,
             extra={"privacy": record},
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import provenance
-from engine.atomic import atomic_folder, sweep, write_json, write_text
+from engine.atomic import atomic_folder, sweep, write_json
 from engine.errors import CorruptRun, InputError, UsageError
+from engine.files.delimited import write_csv
 from engine.imaging.commands import sample_command, shard_range
 
 Progress = Callable[[str, int, int], None]
@@ -92,11 +92,7 @@ def finish(out: str | Path, count: int, *, progress: Progress | None = None) -> 
                 source = path / name
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
             digests |= own
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(folder / "volumes.csv", text.getvalue())
+        write_csv(folder / "volumes.csv", columns, rows)
         write_json(folder / "checksums.json", digests)
         provenance.write(
             folder,

@@ -74,6 +74,11 @@ def train(
         accelerator = distributed.start()
         stack.enter_context(distributed.peers(accelerator, out))
         config = _resolved(config, accelerator.device)
+        if config.monitor and config.training.parallel == "fsdp" and accelerator.num_processes > 1:
+            raise Unsupported(
+                "a whole denoiser on the main process for the monitor", "a sharded one", "training.parallel=fsdp",
+                "training.parallel=ddp, or no section monitor",
+            )  # fmt: skip
         table = read_table(data_csv, config.data)
         rows = [row for row in table if row.train]
         covariates = learn_covariates(rows, config.data, data_csv)
@@ -88,7 +93,7 @@ def train(
 
         def read() -> tuple[list[Scans], Any]:
             stored = Path(cache or out / "cache")
-            scans_g = [load_scans(rows, config, stored, grid) for grid in range(len(config.data.grids))]
+            scans_g = [load_scans(rows, config, stored, grid, 1, progress) for grid in range(len(config.data.grids))]
             return scans_g, monitor.prepare(config, table, scans_g[0], out / "cache") if config.monitor else None
 
         try:
@@ -144,7 +149,7 @@ def train(
                 out,
                 "imaging train",
                 config=config.model_dump(mode="json"),
-                inputs=[data_csv, *(r.image for r in rows)],
+                inputs={Path(data_csv).name: data_csv, **{f"row {r.number}": r.image for r in rows}},
                 seed=config.seed,
                 extra={"stages": run.model["stages"], "gpu_joules": joules},
             )
@@ -295,13 +300,18 @@ def _train_flow(
         return [(share, flow_batch(config, data, grid, share.positions, share.indices)) for share in own]
 
     def copies() -> bool:
-        """Judge the averaged weights for copying; whether it ends the stage. All ranks come here."""
-        stop = torch.zeros(1, device=device)
-        if run.accelerator.is_main_process and watch is not None:
+        """Judge the averaged weights for copying; whether it ends the stage. All ranks come here, and none waits in a
+        collective while the main one judges."""
+
+        def judge() -> float:
+            if watch is None:
+                return 0.0
             with ema.applied(denoiser):
                 judged = watch.judge(config, run.model, autoencoder, denoiser, data, clock.step)
             run.log.event("monitor", step=clock.step, **judged)
-            stop += float(watch.in_a_row >= watch.settings.patience)
+            return float(watch.in_a_row >= watch.settings.patience)
+
+        stop = torch.tensor([distributed.by_main(run.accelerator, judge) or 0.0], device=device)
         return bool(run.accelerator.reduce(stop, reduction="sum").item() > 0)
 
     with Ahead(make) as batches:

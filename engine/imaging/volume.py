@@ -80,24 +80,39 @@ class Volume:
         return "".join(nibabel.orientations.aff2axcodes(self.affine))
 
 
-def read_volume(path: str | Path, *, modality: str | None = None) -> Volume:
+def read_volume(path: str | Path, *, modality: str | None = None, where: str | None = None) -> Volume:
     """Read a NIfTI file or a DICOM series (a folder, or one file).
 
     Args:
         path: a folder is a DICOM series; a file is told by its content.
         modality: for NIfTI, which does not record it; "CT" also sets the units to HU.
+        where: what errors and warnings call the scan in place of its path, which may name a person, e.g. "row 7".
 
     Raises:
         InputError: the scan cannot be used; one line. What deserves a second look is given as a `ScanWarning`.
     """
     path = Path(path)
-    data = _read(path)
+    try:
+        data = _read(path)
+    except InputError as error:
+        if where is None:
+            raise
+        raise InputError(error.expected, error.got, _said(where, path, error.where), error.hint) from None
     for note in data.warnings:
-        warnings.warn(f"{path}: {note}", ScanWarning, stacklevel=2)
+        warnings.warn(f"{where or path}: {note}", ScanWarning, stacklevel=2)
     units = data.units
     if data.modality is None and modality is not None:
         units = "HU" if modality == "CT" else "arbitrary"
     return Volume(data.array_cdhw, data.affine, data.modality or modality, units, data.metadata)
+
+
+def _said(where: str, path: Path, found: str) -> str:
+    """`where`, and of a series which of its files, counted by name, the error is about."""
+    if not path.is_dir() or Path(found).parent != path:
+        return where
+    names = sorted(entry.name for entry in path.iterdir())
+    number = names.index(Path(found).name) + 1 if Path(found).name in names else 0
+    return f"{where}, file {number} of {len(names)} by name" if number else where
 
 
 def _read(path: Path) -> VolumeData:

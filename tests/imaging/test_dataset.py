@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, ResizeWithPadOrCrop, ScaleIntensityRange, Spacing
 
 from engine.errors import InputError, UsageError
 from engine.imaging import dataset
-from engine.imaging.config import DataConfig, apply_overrides, parse_config
+from engine.imaging.config import DataConfig, apply_overrides, dump_config, parse_config
 from engine.imaging.dataset import (
     condition,
     covariate_from_json,
@@ -21,7 +25,7 @@ from engine.imaging.dataset import (
     shifted,
     unscale_intensity,
 )
-from engine.imaging.volume import Volume
+from engine.imaging.volume import Volume, crop_or_pad, reorient, resample
 
 
 def test_people_stay_on_one_side_whatever_the_table(table, tiny_config):
@@ -44,7 +48,7 @@ def write(folder, text):
     ("text", "message"),
     [
         ("image,subject\n,S1\n", "row 2.*path of an image"),
-        ("image,subject\na.nii.gz,S1\nb.nii.gz,S2\n", "row 3.*b.nii.gz"),
+        ("image,subject\na.nii.gz,S1\nb.nii.gz,S2\n", "t.csv row 3: expected the image"),
         ("picture\na.nii.gz\n", "column 'image'"),
         ("image,subject,side\na.nii.gz,S1,train\na.nii.gz,S2,maybe\n", "row 3.*maybe"),
         ("image,subject,side\na.nii.gz,S1,train\na.nii.gz,S1,holdout\n", "1 on both"),
@@ -67,8 +71,9 @@ def test_bad_volume_is_named_by_its_row(table, tiny_config, tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"no volume")
     (tmp_path / "t.csv").write_text("image,subject,age,sex\nbroken.nii.gz,S1,3,M\n")
     rows = read_table(tmp_path / "t.csv", tiny_config.data.model_copy(update={"holdout_share": 0.0}))
-    with pytest.raises(InputError, match=r"row 2.*broken.nii.gz"):
+    with pytest.raises(InputError, match=r"^row 2: expected a NIfTI header") as caught:
         load_scans(rows, tiny_config)
+    assert "broken" not in str(caught.value), "the name of a file may name a person"
 
 
 def test_covariates_are_learned_from_training_rows_only(table, tiny_config):
@@ -158,3 +163,138 @@ def test_shift_moves_whole_voxels():
     assert np.array_equal(moved[0, 1:, :, :-2], x[0, :-1, :, 2:])
     assert np.array_equal(moved[0, 0], np.pad(x[0], ((1, 0), (0, 0), (0, 2)), mode="reflect")[0, :, 2:])
     assert np.array_equal(shifted(x, (0, 0, 0)), x)
+
+
+# --- made once, in parts, by several processes ------------------------------------------------------------------------
+
+
+def prepared(table, config, out, workers=1, progress=None):
+    rows = [row for row in read_table(table, config.data) if row.train]
+    return load_scans(rows, config, out, workers=workers, progress=progress)
+
+
+def same(a, b):
+    return all(
+        np.array_equal(x, y)
+        for x, y in zip((a.x_bcdhw, a.spacing_mm, a.centre_mm), (b.x_bcdhw, b.spacing_mm, b.centre_mm))
+    )
+
+
+def test_processes_share_the_reading_and_the_result_is_the_same(table, tiny_config, tmp_path):
+    told = []
+    shared = prepared(table, tiny_config, tmp_path / "a", 2, lambda what, done, total: told.append((what, done, total)))
+    assert same(shared, prepared(table, tiny_config, tmp_path / "b"))
+    assert same(shared, prepared(table, tiny_config, None))
+    n = len(shared.x_bcdhw)
+    assert told == [("reading scans", k, n) for k in range(1, n + 1)]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["scans.json", "scans.npy"], "parts are gone"
+
+
+def test_what_was_read_before_a_stop_is_not_read_again(table, tiny_config, tmp_path, monkeypatch):
+    whole = prepared(table, tiny_config, tmp_path / "whole")
+
+    def stop(what, done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(table, tiny_config, tmp_path / "out", progress=stop)
+    parts = sorted((tmp_path / "out" / "parts").iterdir())
+    assert len(parts) == 4
+    assert all(len(part.stem) == 64 for part in parts), "a hash names a part, and not its scan"
+    read, numbers = dataset.read_volume, []
+    monkeypatch.setattr(dataset, "read_volume", lambda path, **k: numbers.append(k["where"]) or read(path, **k))
+    told = []
+    (tmp_path / "out" / "parts" / ".partial-1-x-half.npz").write_bytes(b"of a killed process")
+    again = prepared(table, tiny_config, tmp_path / "out", progress=lambda _, done, __: told.append(done))
+    assert same(again, whole)
+    assert told == list(range(5, len(whole.x_bcdhw) + 1))
+    assert len(numbers) == len(told)
+    # a scan that changed meanwhile is read again
+    with pytest.raises(KeyboardInterrupt):
+        prepared(table, tiny_config, tmp_path / "third", progress=stop)
+    first = next(row for row in read_table(table, tiny_config.data) if row.train).image
+    before = first.stat()
+    numbers.clear()
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    try:
+        prepared(table, tiny_config, tmp_path / "third")
+    finally:
+        os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(numbers) == len(whole.x_bcdhw) - 3
+
+
+def test_a_bad_scan_ends_all_processes_with_its_row(table, tiny_config, tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
+    text = table.read_text().replace("scan", f"{table.parent}/scan")
+    (tmp_path / "t.csv").write_text(text + "bad.nii.gz,S9,0,30,M\n")
+    config = parse_config(apply_overrides(tiny_config.model_dump(), ["data.holdout_share=0"]))
+    with pytest.raises(InputError, match=r"^row 14: expected a NIfTI header"):
+        prepared(tmp_path / "t.csv", config, tmp_path / "out", 2)
+    assert not (tmp_path / "out" / "scans.npy").exists()
+
+
+def test_prepare_fills_a_folder_that_training_takes(table, tiny_config, tmp_path, monkeypatch):
+    from engine.imaging.prepare import prepare_command
+
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config))
+    made = prepare_command(tmp_path / "config.yaml", table, tmp_path / "out", workers=2)
+    assert made["shape"] == [1, 16, 16, 16]
+    monkeypatch.setattr(dataset, "read_volume", lambda *_, **__: pytest.fail("read again"))
+    rows = [row for row in read_table(table, tiny_config.data) if row.train]
+    assert len(load_scans(rows, tiny_config, tmp_path / "out").x_bcdhw) == made["scans"]
+
+
+# --- held against MONAI's transforms ----------------------------------------------------------------------------------
+
+
+def meta(volume):
+    return MetaTensor(torch.from_numpy(volume.array_cdhw.copy()), affine=torch.from_numpy(volume.affine.copy()))
+
+
+def oblique(seed=0, shape=(20, 13, 17)):
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    turned = np.linalg.qr(np.eye(3) + 0.2 * rng.normal(size=(3, 3)))[0] * [1.0, 1.5, 2.0]
+    affine[:3, :3] = turned[:, rng.permutation(3)] * rng.choice([-1, 1], 3)
+    affine[:3, 3] = rng.uniform(-50, 50, 3)
+    return Volume(rng.random((1, *shape), dtype=np.float32) * 100, affine, "MR", "arbitrary", {})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reorienting_is_that_of_monai(seed):
+    volume = oblique(seed)
+    turned, theirs = reorient(volume, "RAS"), Orientation("RAS")(meta(volume))
+    assert np.array_equal(turned.array_cdhw, theirs.numpy())
+    assert np.allclose(turned.affine, theirs.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 15), (26, 17, 21)])
+def test_cropping_and_padding_by_even_numbers_are_those_of_monai(shape):
+    volume = oblique(1)
+    shape = tuple(n + (n - m) % 2 for n, m in zip(shape, volume.shape_dhw))
+    ours, theirs = crop_or_pad(volume, shape, fill=-1.0), ResizeWithPadOrCrop(shape, value=-1.0)(meta(volume))
+    assert np.array_equal(ours.array_cdhw, theirs.numpy())
+    assert np.allclose(ours.affine, theirs.affine, atol=1e-5)
+
+
+def test_finer_sampling_is_that_of_monai():
+    volume = reorient(oblique(2), "RAS")
+    ours = resample(volume, [s / 2 for s in volume.spacing_mm])
+    spacing = Spacing([s / 2 for s in volume.spacing_mm], mode="bilinear", padding_mode="border", scale_extent=True)
+    theirs = spacing(meta(volume))
+    assert ours.array_cdhw.shape == tuple(theirs.shape)
+    assert np.allclose(ours.affine, theirs.affine, atol=1e-4)
+    assert np.allclose(ours.array_cdhw, theirs.numpy(), atol=1e-2)  # of values up to 100
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_intensities_are_those_of_monai(modality):
+    config = DataConfig(size=(16, 16, 16), modality=modality)
+    array = np.random.default_rng(3).normal(200, 900, (1, 16, 16, 16)).astype(np.float32)
+    if modality == "CT":
+        theirs = ScaleIntensityRange(-1000, 2000, -1, 1, clip=True)(array)
+    else:
+        top = float(np.percentile(array, 99.5))
+        theirs = ScaleIntensityRange(0, top, -1, 1, clip=True)(array)
+    assert np.allclose(scale_intensity(array, config), np.asarray(theirs), atol=1e-5)
