@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.genomics.panel import panel_from_alleles, read_panel, write_panel, write_samples
+from engine.genomics.panel import read_panel, write_panel
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
@@ -30,21 +30,9 @@ def run_job(name: str, *arguments: object, shard: tuple[int, int] | None = None)
 
 
 @pytest.fixture(scope="module")
-def panel_files(tmp_path_factory):
+def panel_files(tmp_path_factory, write_mosaics):
     """A panel of 60 people, as files."""
-    folder = tmp_path_factory.mktemp("panel")
-    rng = np.random.default_rng(2)
-    donors = (rng.random((20, 120)) < 0.4).astype(np.uint8)
-    alleles = donors[np.repeat(rng.integers(0, 20, (120, 12)), 10, axis=1), np.arange(120)]
-    panel = panel_from_alleles(
-        alleles.T, 1_000 + 3_000 * np.arange(120), "21", [f"p{i}" for i in range(60)],
-        group=["A"] * 30 + ["B"] * 30, contig_length={"21": 48_129_895}, assembly="GRCh37",
-    )  # fmt: skip
-    write_panel(panel, folder / "panel.bcf")
-    write_samples(panel, folder / "samples.tsv")
-    lines = ["pos chr cM", *(f"{bp} 21 {bp * 1e-6:.6f}" for bp in range(1, 400_002, 50_000))]
-    (folder / "map.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_mosaics(tmp_path_factory.mktemp("panel"), 60, 20)
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)

@@ -38,7 +38,7 @@ from engine.imaging.denoiser import Condition
 from engine.imaging.draws import FlowData
 from engine.imaging.embedding import embed
 from engine.imaging.flow import interpolate, velocity_target
-from engine.imaging.generate import Model, as_written, sample
+from engine.imaging.generate import Model, as_written, latent_statistics, sample
 from engine.imaging.latents import encode_within
 from engine.imaging.velocity import Velocity
 from engine.imaging.volume import Volume
@@ -180,9 +180,7 @@ def _encoded(model: Model, scans: Scans, rows: Sequence[Row]) -> tuple[Tensor, C
     for k in chosen:
         x = torch.from_numpy(np.array(scans.x_bcdhw[k]))[None].to(model.device)
         means.append(encode_within(model.autoencoder, x, model.config.sampling.memory_gb)[0].cpu())
-    mean_c, deviation_c = (
-        torch.tensor(model.facts[name]).view(1, -1, 1, 1, 1) for name in ("latent_mean_c", "latent_deviation_c")
-    )
+    mean_c, deviation_c = (each.cpu() for each in latent_statistics(model))
     given = condition([rows[k].covariates for k in chosen], scans.spacing_mm[chosen], model.covariates, "holdout")
     return (torch.cat(means) - mean_c) / deviation_c, given
 

@@ -197,6 +197,8 @@ def test_unphased_references_are_refused_in_one_line_that_says_what_to_do(tmp_pa
     with pytest.raises(InputError, match=hint) as told:
         commands.fit_command(odd / "chr20_unphased.bcf", out=tmp_path / "run")
     assert "\n" not in str(told.value)
-    with pytest.raises(InputError, match=r"heterozygotes of \d+ of 203 people .*; try: phase_common --input .* --region 20"):
+    with pytest.raises(
+        InputError, match=r"heterozygotes of \d+ of 203 people .*; try: phase_common --input .* --region 20"
+    ):
         commands.fit_command(odd / "chr20_scaffold_missing.bcf", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

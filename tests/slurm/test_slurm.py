@@ -14,18 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 from engine.genomics.commands import finish_command as finish_people
 from engine.genomics.commands import sample_command as sample_people
-from engine.genomics.panel import panel_from_alleles, write_panel, write_samples
 from engine.imaging.commands import sample_command as sample_scans
 from engine.imaging.shards import finish as finish_scans
 from engine.imaging.shards import sample_shard
-from engine.imaging.volume import Volume, write_volume
 from engine.provenance import sha256
 from engine.training import checkpoint
 
@@ -110,35 +107,18 @@ def slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory) -> Path:
+def scans(tmp_path_factory, write_noise) -> Path:
     """Twelve noisy scans and a config."""
     folder = tmp_path_factory.mktemp("scans")
-    rows = ["image,subject,age"]
-    for k in range(12):
-        array = np.random.default_rng(k).random((1, 16, 16, 16), dtype=np.float32) * 100
-        write_volume(Volume(array, np.diag([2.0, 2.0, 2.0, 1.0]), "MR", "arbitrary", {}), folder / f"{k}.nii.gz")
-        rows.append(f"{k}.nii.gz,P{k},{20 + k}")
-    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    write_noise(folder, 12, 16)
     (folder / "config.yaml").write_text(yaml.safe_dump(SCANS))
     return folder
 
 
 @pytest.fixture(scope="module")
-def panel(tmp_path_factory) -> Path:
+def panel(tmp_path_factory, write_mosaics) -> Path:
     """A panel of 80 people, as files."""
-    folder = tmp_path_factory.mktemp("panel")
-    rng = np.random.default_rng(2)
-    donors = (rng.random((40, 120)) < 0.4).astype(np.uint8)
-    alleles = donors[np.repeat(rng.integers(0, 40, (160, 12)), 10, axis=1), np.arange(120)]
-    made = panel_from_alleles(
-        alleles.T, 1_000 + 3_000 * np.arange(120), "21", [f"p{i}" for i in range(80)],
-        group=["A"] * 40 + ["B"] * 40, contig_length={"21": 48_129_895}, assembly="GRCh37",
-    )  # fmt: skip
-    write_panel(made, folder / "panel.bcf")
-    write_samples(made, folder / "samples.tsv")
-    lines = ["pos chr cM", *(f"{bp} 21 {bp * 1e-6:.6f}" for bp in range(1, 400_002, 50_000))]
-    (folder / "map.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_mosaics(tmp_path_factory.mktemp("panel"), 80, 40)
 
 
 def events(run: Path) -> list[dict]:

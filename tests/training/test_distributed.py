@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from engine.imaging.config import dump_config, parse_config
-from engine.imaging.volume import Volume, write_volume
 from engine.training import checkpoint
 from engine.training.loop import shares
 
@@ -32,15 +31,10 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+def made(tmp_path_factory, write_noise) -> tuple[Path, dict[str, dict]]:
     """The folder of all scenarios, and how each ended."""
     folder = tmp_path_factory.mktemp("two")
-    rows = ["image,subject,age"]
-    for k in range(9):
-        array = np.random.default_rng(k).random((1, 8, 8, 8), dtype=np.float32) * 100
-        write_volume(Volume(array, np.diag([2.0, 2.0, 2.0, 1.0]), "MR", "arbitrary", {}), folder / f"{k}.nii.gz")
-        rows.append(f"{k}.nii.gz,P{k},{20 + k}")
-    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    write_noise(folder, 9)
     (folder / "config.yaml").write_text(dump_config(parse_config(CONFIG)))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)],

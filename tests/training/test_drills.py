@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from engine.errors import CorruptRun, UsageError
 from engine.imaging.config import parse_config
 from engine.imaging.train import train
-from engine.imaging.volume import Volume, write_volume
 from engine.training import checkpoint
 from engine.training.lock import RunLock
 
@@ -70,15 +68,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, write_noise):
     """A small run with a checkpoint every four steps: (config, table, run folder)."""
     folder = tmp_path_factory.mktemp("drills")
-    rows = ["image,subject"]
-    for k in range(4):
-        array = np.random.default_rng(k).random((1, 8, 8, 8), dtype=np.float32) * 100
-        write_volume(Volume(array, np.diag([2.0, 2.0, 2.0, 1.0]), "MR", "arbitrary", {}), folder / f"{k}.nii.gz")
-        rows.append(f"{k}.nii.gz,P{k}")
-    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    write_noise(folder, 4)
     config = parse_config(
         {
             "data": {"size": [8, 8, 8]},

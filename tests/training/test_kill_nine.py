@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from engine.imaging.config import dump_config, parse_config
-from engine.imaging.volume import Volume, write_volume
 from engine.training import checkpoint
 
 CONFIG = {
@@ -39,14 +37,9 @@ def curve(run: Path) -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.parametrize("kills", [22, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_run_that_never_was(tmp_path, kills):
+def test_a_run_killed_again_and_again_is_the_run_that_never_was(tmp_path, kills, write_noise):
     config = parse_config(CONFIG)
-    rows = ["image,subject,age"]
-    for k in range(6):
-        array = np.random.default_rng(k).random((1, 8, 8, 8), dtype=np.float32) * 100
-        write_volume(Volume(array, np.diag([2.0, 2.0, 2.0, 1.0]), "MR", "arbitrary", {}), tmp_path / f"{k}.nii.gz")
-        rows.append(f"{k}.nii.gz,P{k},{20 + k}")
-    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    write_noise(tmp_path, 6)
     if kills > 100:
         config.autoencoder.steps, config.flow.steps = 600, 1400
     (tmp_path / "config.yaml").write_text(dump_config(config))
