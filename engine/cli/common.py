@@ -45,6 +45,17 @@ def parse_range(text: str) -> tuple[float, float]:
     return made
 
 
+def parse_counts(text: str, option: str) -> dict[str, int]:
+    """`"AFR=100,EUR=50"` as whole numbers by name."""
+    found: dict[str, int] = {}
+    for pair in text.split(","):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip().isdigit() or name.strip() in found:
+            raise UsageError("NAME=NUMBER,NAME=NUMBER", repr(text), option)
+        found[name.strip()] = int(value)
+    return found
+
+
 def parse_assignments(pairs: list[str] | None) -> dict[str, str]:
     """`["age=70", "sex=F"]` as a dict of strings."""
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""`engine genomics ...`: fit, sample, score and evaluate phased haplotype panels."""
+"""`engine genomics ...`: simulate, fit, sample, score and evaluate phased haplotype panels."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.cli.common import (
     Shard,
     emit,
     finding_lines,
+    parse_counts,
     parse_range,
     parse_shard,
     progress_bar,
@@ -137,6 +138,45 @@ def sample(
             progress=progress,
         )
     emit(result, json)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option("--out", help="FILE.bcf, .vcf.gz, .pgen, .vcz, .haps or .bed.")],
+    n: Annotated[int | None, typer.Option("-n", min=1, help="How many people, equally over the groups.")] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", help="People by group in place of -n: AFR=1000,EUR=752,EAS=752.")
+    ] = None,
+    sites: Annotated[int | None, typer.Option("--sites", min=1, help="How many sites (rows).")] = None,
+    length_mb: Annotated[
+        float | None, typer.Option("--length-mb", help="Length of the contig in place of --sites.")
+    ] = None,
+    contig: Annotated[str, typer.Option("--contig", help="Name of the contig.")] = "1",
+    demography: Annotated[
+        str, typer.Option("--demography", help="out-of-africa (AFR, EUR, EAS), split (A, B) or constant (all).")
+    ] = "out-of-africa",
+    map: Map = None,
+    recombination_rate: Annotated[
+        float, typer.Option("--recombination-rate", help="Per base and generation, without --map.")
+    ] = 1e-8,
+    mutation_rate: Annotated[float, typer.Option("--mutation-rate", help="Per base and generation.")] = 1.25e-8,
+    block_mb: Annotated[
+        float, typer.Option("--block-mb", help="Length of the stretches that are simulated one by one.")
+    ] = 5.0,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Simulate a panel with msprime, for load tests: with groups and a genetic map beside it."""
+    from engine.genomics import simulate as simulation
+
+    people = parse_counts(groups, "--groups") if groups is not None else simulation.equal_groups(demography, n or 0)
+    wanted = simulation.Simulation(
+        people, sites, None if length_mb is None else round(length_mb * 1e6), contig, demography, mutation_rate,
+        recombination_rate, round(block_mb * 1e6), seed,
+    )  # fmt: skip
+    with progress_bar() as progress:
+        made = simulation.simulate_command(out, wanted, map=map, progress=progress)
+    emit(made, json)
 
 
 @app.command()
