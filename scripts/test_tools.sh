@@ -4,7 +4,7 @@
 set -euo pipefail
 PATH=$PATH:/usr/sbin
 missing=()
-for pair in bcftools:bcftools plink2:plink2 chromium:chromium dcm2niix:dcm2niix shellcheck:shellcheck slurmctld:slurm-wlm munged:munge; do
+for pair in bcftools:bcftools plink2:plink2 chromium:chromium dcm2niix:dcm2niix dciodvfy:dicom3tools shellcheck:shellcheck slurmctld:slurm-wlm munged:munge; do
   command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} = 0 ]; then

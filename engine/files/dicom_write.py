@@ -40,7 +40,8 @@ def write_series(
 
     Values survive exactly where they are whole numbers spanning at most 65,535; others are stored in 65,536 steps
     between the smallest and the largest, so that no value is off by more than half a step, (max - min) / 131,070,
-    apart from float32. The affine survives to the 16 characters of a decimal string. Slices are numbered along the
+    apart from float32; of MR images these steps (Rescale Slope and Intercept) extend the standard's object, as scanners'
+    own do. The affine survives to the 16 characters of a decimal string. Slices are numbered along the
     plane's normal.
 
     Args:
@@ -150,6 +151,7 @@ def _slices(
         image.StudyDate = image.StudyTime = image.ReferringPhysicianName = image.AccessionNumber = ""
         image.StudyID, image.SeriesNumber, image.SeriesDescription = "", "1", series_description
         image.Modality, image.PatientPosition = modality, "HFS"
+        image.Laterality = ""  # type 2C: of which side of a paired part is not known
         image.FrameOfReferenceUID, image.PositionReferenceIndicator = frame_of_reference, ""
         image.Manufacturer, image.ManufacturerModelName, image.SoftwareVersions = "engine", "engine", __version__
         # SOP common and image
@@ -166,18 +168,20 @@ def _slices(
         origin = affine[:3, 3] + k * affine[:3, 2]
         image.ImagePositionPatient = [DSfloat(float(x), auto_format=True) for x in origin]
         image.SliceThickness = DSfloat(size[2], auto_format=True)
-        image.SpacingBetweenSlices = DSfloat(size[2], auto_format=True)
         # pixels
         plane = np.ascontiguousarray(stored_dhw[:, :, k].T)
         image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
         image.Rows, image.Columns = plane.shape
         image.BitsAllocated, image.BitsStored, image.HighBit = 16, 16, 15
         image.PixelRepresentation = 1 if plane.dtype.kind == "i" else 0
-        image.RescaleSlope, image.RescaleIntercept = slope, intercept
-        image.RescaleType = "HU" if modality == "CT" and data.units == "HU" else "US"
+        if modality == "CT" or (slope, intercept) != (1, 0):
+            # no part of the MR image IOD: where the values need them the series is of a Standard Extended SOP Class, PS3.2
+            image.RescaleSlope, image.RescaleIntercept = slope, intercept
+            image.RescaleType = "HU" if modality == "CT" and data.units == "HU" else "US"
         if modality == "CT":
             image.KVP = None
         else:
+            image.SpacingBetweenSlices = DSfloat(size[2], auto_format=True)
             image.ScanningSequence, image.SequenceVariant, image.ScanOptions = "RM", "NONE", ""
             image.MRAcquisitionType, image.EchoTime, image.EchoTrainLength, image.RepetitionTime = (
                 "3D",
