@@ -109,6 +109,59 @@ def test_steps_are_the_whole():
         drawn_nl[:, site] = target_nl[:, site]
 
 
+@pytest.mark.parametrize("implementation", ["reference", "numba"])
+def test_counts_are_sums_over_paths(implementation):
+    """Posterior switches and mismatches against all paths and all patterns of switches, for a child and its parent."""
+    reference_lk, packed, target_nl, bank = case(5, 3, 1, seed=7)
+    target_nl[0, 2] = 255
+    target = target_nl[0]
+    parent = np.full(3, 1 / 3)
+    draws = {0: [parent] * 5, 2: [parent]}
+    for site in range(1, 5):
+        seen = parent
+        if target[site - 1] != 255:
+            seen = parent * emission(reference_lk[site - 1], target[site - 1], bank.mismatch_cl[0, site - 1])
+        parent = (1 - bank.switch_cl[0, site]) * seen / seen.sum() + bank.switch_cl[0, site] / 3
+        draws[2].append(0.9 * parent + 0.1 / 3)
+    switch_ncl, mismatch_ncl, nats_nc = haplotype_hmm.bank_counts(
+        packed, 3, target_nl, bank, wanted_c=[True, False, True, False], dtype=np.float64, implementation=implementation
+    )
+    for c, draw in draws.items():
+        total, switches, mismatches = 0.0, np.zeros(5), np.zeros(5)
+        for path in itertools.product(range(3), repeat=5):
+            right = np.array([target[site] == reference_lk[site, path[site]] for site in range(5)])
+            for switched in itertools.product((False, True), repeat=4):
+                weight = draw[0][path[0]]
+                for site in range(1, 5):
+                    rate = bank.switch_cl[c, site]
+                    stays = (1 - rate) * (path[site] == path[site - 1])
+                    weight *= rate * draw[site][path[site]] if switched[site - 1] else stays
+                for site in np.flatnonzero(target != 255):
+                    weight *= 1 - bank.mismatch_cl[c, site] if right[site] else bank.mismatch_cl[c, site]
+                total += weight
+                switches += weight * np.array([True, *switched])
+                mismatches += weight * (~right & (target != 255))
+        assert nats_nc[0, c] == pytest.approx(np.log(total), abs=1e-9)
+        np.testing.assert_allclose(switch_ncl[0, c], switches / total, rtol=1e-6)
+        np.testing.assert_allclose(mismatch_ncl[0, c], mismatches / total, rtol=1e-6)
+    assert not switch_ncl[:, [1, 3]].any()
+
+
+@pytest.mark.parametrize("k", [2, 64, 131])
+def test_implementations_count_alike(k):
+    _, packed, target_nl, bank = case(40, k, 3, seed=k)
+    target_nl[0, 7] = 255
+    bank.switch_cl[:, 11] = 1
+    exclude_ne = np.array([[0, -1], [k - 1, k - 1], [-1, -1]])
+    for dtype in (np.float32, np.float64):
+        for found, expected in zip(
+            haplotype_hmm.bank_counts(packed, k, target_nl, bank, exclude_ne=exclude_ne, dtype=dtype),
+            haplotype_hmm.bank_counts(packed, k, target_nl, bank, exclude_ne=exclude_ne, implementation="reference"),
+            strict=True,
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused():
     _, packed, target_nl, bank = case(10, 5, 2)
 

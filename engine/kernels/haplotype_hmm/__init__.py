@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.kernels.haplotype_hmm import checks
-from engine.kernels.haplotype_hmm.bank import Bank, BankState, bank_predict, bank_start
+from engine.kernels.haplotype_hmm.bank import Bank, BankState, bank_counts, bank_predict, bank_start
 from engine.kernels.haplotype_hmm.checks import Ancestry
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "BankState",
     "PosteriorSums",
     "backward_states",
+    "bank_counts",
     "bank_predict",
     "bank_start",
     "forward_states",

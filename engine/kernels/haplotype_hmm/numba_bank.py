@@ -75,6 +75,18 @@ def advance_plain(state, base, bits, behind, ahead, by_0, by_1, enter_base):
 
 
 @njit(cache=True, nogil=True)
+def set_base(base, k, exclude_e):
+    """The uniform prior over the haplotypes that are not excluded."""
+    base[:k] = 1
+    left = k
+    for excluded in exclude_e:
+        if excluded >= 0 and base[excluded] > 0:
+            base[excluded] = 0
+            left -= 1
+    base *= base.dtype.type(1.0 / left)
+
+
+@njit(cache=True, nogil=True)
 def walk(
     begin, end, bits, words, k, target_nl, switch_cl, mismatch_cl, parent_c, floor_c, exclude_ne, first, stop,
     state_nck, sums_nct, logit_nlc, donors_nlc,
@@ -85,14 +97,7 @@ def walk(
     number = like.dtype.type
     for n in range(begin, end):
         base = zeros(like, 64 * words // (BYTES // like.itemsize))
-        base[:k] = 1
-        for excluded in exclude_ne[n]:
-            if excluded >= 0:
-                base[excluded] = 0
-        left = 0.0
-        for j in range(k):
-            left += base[j]
-        base *= number(1.0 / left)
+        set_base(base, k, exclude_ne[n])
         for site in range(first, stop):
             behind = max(0, site - 1)
             allele = np.uint8(255) if site == 0 else target_nl[n, behind]
@@ -121,3 +126,100 @@ def walk(
                 is_alt, is_ref = alt * (1.0 - wrong) + ref * wrong, ref * (1.0 - wrong) + alt * wrong
                 logit_nlc[n, site - first, c] = np.log(is_alt / is_ref)
                 donors_nlc[n, site - first, c] = (alt + ref) * (alt + ref) / square
+
+
+@njit(cache=True, nogil=True)
+def retreat(back, p, parent, base, bits, at, scale, each, seen_0, seen_1):
+    """back = (back * scale + each) * (seen_1 where the bit is set, else seen_0), in place: b of a site to e b.
+
+    Returns, in float64, its sums against p where the bit is set and where it is not, against the parent and against the base.
+    """
+    lanes = BYTES // back.itemsize
+    scale_v, each_v, seen_0_v, seen_1_v = splat(back, scale), splat(back, each), splat(back, seen_0), splat(back, seen_1)
+    zero = splat(back, back.dtype.type(0))
+    alt, ref, by_parent, by_base = zero, zero, zero, zero
+    for i in range(len(back) // lanes):
+        word = item(bits, at + ((i * lanes) >> 6)) >> np.uint64((i * lanes) & 63)
+        value = mul(muladd(load(back, i), scale_v, each_v), choose(word, seen_1_v, seen_0_v))
+        store(back, i, value)
+        weight = load(p, i)
+        alt, ref = choose(word, muladd(weight, value, alt), alt), choose(word, ref, muladd(weight, value, ref))
+        by_parent = muladd(load(parent, i), value, by_parent)
+        by_base = muladd(load(base, i), value, by_base)
+    return total(alt), total(ref), total(by_parent), total(by_base)
+
+
+@njit(cache=True, nogil=True)
+def counts(
+    begin, end, bits, words, k, target_nl, switch_cl, mismatch_cl, parent_c, floor_c, exclude_ne, wanted_c, stride,
+    like, switch_ncl, mismatch_ncl, nats_nc,
+):  # fmt: skip
+    """Posterior probabilities of a switch before, and of a mismatch at, each site, of the chains `wanted_c`.
+
+    States are kept before every `stride`-th site; a stretch is walked again before it is walked back.
+    """
+    chains, sites = switch_cl.shape
+    stretches = (sites + stride - 1) // stride
+    width = 64 * words
+    number = like.dtype.type
+    one_target, one_exclusion = np.empty((1, sites), np.uint8), np.empty((1, exclude_ne.shape[1]), np.int64)
+    none = np.empty((1, 1, chains), np.float32)
+    donors = np.empty((1, 1, chains), np.float32)
+    kept_sc = zeros(like, stretches * chains * width // (BYTES // like.itemsize)).reshape(stretches, chains, width)
+    kept_sums = np.empty((stretches, chains, 2))
+    walked_pc = zeros(like, stride * chains * width // (BYTES // like.itemsize)).reshape(stride, chains, width)
+    sums_pct = np.empty((stride, chains, 2))
+    state = zeros(like, chains * width // (BYTES // like.itemsize)).reshape(1, chains, width)
+    back_c = zeros(like, chains * width // (BYTES // like.itemsize)).reshape(chains, width)
+    base = zeros(like, width // (BYTES // like.itemsize))
+    for n in range(begin, end):
+        one_target[0], one_exclusion[0] = target_nl[n], exclude_ne[n]
+        set_base(base, k, exclude_ne[n])
+        state[:] = 0
+        sums = np.ones((1, chains, 2))
+        for site in range(sites):
+            if site % stride == 0:
+                kept_sc[site // stride], kept_sums[site // stride] = state[0], sums[0]
+            walk(
+                0, 1, bits, words, k, one_target, switch_cl, mismatch_cl, parent_c, floor_c, one_exclusion, site, site + 1,
+                state, sums, none, donors,
+            )  # fmt: skip
+        scale_c, each_c = np.zeros(chains), np.ones(chains)
+        back_c[:] = 0
+        nats_nc[n] = 0.0
+        for stretch in range(stretches - 1, -1, -1):
+            state[0], sums[0] = kept_sc[stretch], kept_sums[stretch]
+            first, stop = stretch * stride, min(sites, (stretch + 1) * stride)
+            for site in range(first, stop):
+                walk(
+                    0, 1, bits, words, k, one_target, switch_cl, mismatch_cl, parent_c, floor_c, one_exclusion, site,
+                    site + 1, state, sums, none, donors,
+                )  # fmt: skip
+                walked_pc[site - first], sums_pct[site - first] = state[0], sums[0]
+            for site in range(stop - 1, first - 1, -1):
+                allele = target_nl[n, site]
+                for c in range(chains):
+                    if not wanted_c[c]:
+                        continue
+                    wrong, switch = mismatch_cl[c, site], 1.0 if site == 0 else switch_cl[c, site]
+                    seen_0 = 1.0 - wrong if allele == 0 else wrong if allele == 1 else 1.0
+                    seen_1 = 1.0 - wrong if allele == 1 else wrong if allele == 0 else 1.0
+                    p, floor, parent = walked_pc[site - first, c], 1.0, base
+                    if parent_c[c] >= 0:
+                        parent, floor = walked_pc[site - first, parent_c[c]], floor_c[c]
+                    alt, ref, by_parent, by_base = retreat(
+                        back_c[c], p, parent, base, bits, site * words, number(scale_c[c]), number(each_c[c]),
+                        number(seen_0), number(seen_1),
+                    )  # fmt: skip
+                    entered = floor * by_base
+                    if parent_c[c] >= 0:
+                        of_parent = sums_pct[site - first, parent_c[c]]
+                        entered += (1.0 - floor) * by_parent / (of_parent[0] + of_parent[1])
+                    weight = alt + ref
+                    switch_ncl[n, c, site] = switch * entered / weight
+                    mismatch_ncl[n, c, site] = (ref if allele == 1 else alt if allele == 0 else 0.0) / weight
+                    scale_c[c], each_c[c] = (1.0 - switch) / weight, switch * entered / weight
+                    of_state = sums_pct[site - first, c]
+                    nats_nc[n, c] += np.log(
+                        (of_state[0] * seen_0 + of_state[1] * seen_1) / (of_state[0] + of_state[1])
+                    )

@@ -18,7 +18,16 @@ from engine.kernels.haplotype_hmm.lanes import BYTES
 from engine.kernels.haplotype_hmm.numba_mosaic import materialise
 from engine.kernels.haplotype_hmm.threads import in_threads
 
-__all__ = ["bank_predict", "log_likelihood", "materialise", "posterior", "posterior_paths", "posterior_sums", "states"]
+__all__ = [
+    "bank_counts",
+    "bank_predict",
+    "log_likelihood",
+    "materialise",
+    "posterior",
+    "posterior_paths",
+    "posterior_sums",
+    "states",
+]
 
 FEW = 4  # targets: up to so many are walked directly
 
@@ -126,6 +135,30 @@ def bank_predict(
             stop_site, state.state_nck, state.sums_nct, logit_nlc, donors_nlc, chunk=1,
         )  # fmt: skip
     return logit_nlc, donors_nlc
+
+
+def bank_counts(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    wanted_c: np.ndarray,
+    dtype: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As the door's `bank_counts`."""
+    n, sites = target_nl.shape
+    chains = len(bank.parent_c)
+    switch_ncl, mismatch_ncl = np.zeros((n, chains, sites), np.float32), np.zeros((n, chains, sites), np.float32)
+    nats_nc = np.zeros((n, chains))
+    if target_nl.size:
+        in_threads(
+            numba_bank.counts, n, reference_lw.reshape(-1), reference_lw.shape[1], k, target_nl, bank.switch_cl,
+            bank.mismatch_cl, bank.parent_c, bank.floor_c, _excluded(exclude_ne, n), wanted_c,
+            max(1, int(np.sqrt(sites))), np.empty(0, dtype), switch_ncl, mismatch_ncl, nats_nc,
+        )  # fmt: skip
+    return switch_ncl, mismatch_ncl, nats_nc
 
 
 def posterior_paths(

@@ -199,6 +199,55 @@ def bank_predict(
     return logit_nlc, donors_nlc
 
 
+def bank_counts(
+    reference_lw: np.ndarray,
+    k: int,
+    target_nl: np.ndarray,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    wanted_c: np.ndarray,
+    dtype: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As the door's `bank_counts`: forward and backward with the transitions (1 - r) [k = k'] + r g(k') written out."""
+    alleles_lk = unpack(reference_lw, k)
+    n, sites, chains = *target_nl.shape, len(bank.parent_c)
+    switch_ncl, mismatch_ncl = np.zeros((n, chains, sites), np.float32), np.zeros((n, chains, sites), np.float32)
+    nats_nc = np.zeros((n, chains))
+    for i, target_l in enumerate(target_nl):
+        uniform_k = np.ones(k)
+        if exclude_ne is not None:
+            uniform_k[exclude_ne[i][exclude_ne[i] >= 0]] = 0
+        uniform_k /= uniform_k.sum()
+        ahead_clk = np.zeros((chains, sites, k))
+        for c, parent in enumerate(bank.parent_c):
+            draw_lk = np.tile(uniform_k, (sites, 1))
+            if parent >= 0:
+                draw_lk = (1 - bank.floor_c[c]) * ahead_clk[parent] + bank.floor_c[c] * draw_lk
+            switch_l, wrong_l = bank.switch_cl[c].copy(), bank.mismatch_cl[c][:, None]
+            switch_l[0] = 1
+            emission_lk = np.where(alleles_lk == target_l[:, None], 1 - wrong_l, wrong_l)
+            emission_lk[target_l == 255] = 1
+            after_lk, b_lk = np.zeros((sites, k)), np.ones((sites, k))
+            for site in range(sites):
+                ahead_clk[c, site] = switch_l[site] * draw_lk[site]
+                if site > 0:
+                    ahead_clk[c, site] += (1 - switch_l[site]) * after_lk[site - 1]
+                seen_k = ahead_clk[c, site] * emission_lk[site]
+                nats_nc[i, c] += np.log(seen_k.sum())
+                after_lk[site] = seen_k / seen_k.sum()
+            for site in range(sites - 1, -1, -1):
+                seen_k = emission_lk[site] * b_lk[site]
+                weight_k, entered = ahead_clk[c, site] * seen_k, switch_l[site] * (draw_lk[site] @ seen_k)
+                switch_ncl[i, c, site] = entered / weight_k.sum()
+                if target_l[site] != 255:
+                    mismatch_ncl[i, c, site] = weight_k[alleles_lk[site] != target_l[site]].sum() / weight_k.sum()
+                if site > 0:
+                    b_lk[site - 1] = ((1 - switch_l[site]) * seen_k + entered) / weight_k.sum()
+        nats_nc[i, ~wanted_c], switch_ncl[i, ~wanted_c], mismatch_ncl[i, ~wanted_c] = 0, 0, 0
+    return switch_ncl, mismatch_ncl, nats_nc
+
+
 def _posterior(chain: Chain) -> np.ndarray:
     """float64 (L, A, K), each site of sum 1; NaN for an impossible target."""
     forward_states, scale = forward(chain)
