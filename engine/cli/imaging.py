@@ -56,6 +56,10 @@ def train(
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder made by `engine imaging prepare`.")] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option("--scratch", help="Folder on a disk of each node; what training reads is copied there."),
+    ] = None,
     overrides: Overrides = None,
     json: JsonFlag = False,
 ) -> None:
@@ -64,7 +68,7 @@ def train(
 
     with progress_bar() as progress:
         result = train_command(
-            config, data, out, overrides=overrides or [], resume=resume, cache=cache, progress=progress
+            config, data, out, overrides=overrides or [], resume=resume, cache=cache, scratch=scratch, progress=progress
         )
     emit(result, json)
 

@@ -30,6 +30,7 @@ def train_command(
     overrides: Sequence[str] = (),
     resume: bool = False,
     cache: str | Path | None = None,
+    scratch: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`engine imaging train`: see `engine.imaging.train.train`; also leaves `train.csv` and `holdout.csv` in `out`."""
@@ -37,7 +38,7 @@ def train_command(
     from engine.imaging.train import train
 
     config = load_config(config_path, list(overrides))
-    result = train(config, data_csv, out, resume, progress, cache)
+    result = train(config, data_csv, out, resume, progress, cache, scratch)
     return {**result, "scans": write_split(data_csv, config.data, out)}
 
 

@@ -31,6 +31,7 @@ from engine.imaging.config import DataConfig, ImagingConfig
 from engine.imaging.denoiser import Condition
 from engine.imaging.labels import channels_of, codes_of
 from engine.imaging.volume import Volume, crop_or_pad, read_volume, reorient, resample
+from engine.training import staging
 from engine.training.log import Progress
 
 MR_TOP = 1000.0  # MR volumes leave the engine in arbitrary units, 0 .. MR_TOP
@@ -325,18 +326,23 @@ def load_scans(
     grid: int = 0,
     workers: int = 1,
     progress: Progress | None = None,
+    scratch: str | Path | None = None,
+    checked: bool = False,
 ) -> Scans:
     """Read, fit and scale every row; with `cache`, keep the result there and read it next time.
 
-    What an interrupted call has fitted lies in the cache as one file for each scan, under a hash, and is not fitted again.
-    The result does not depend on `workers`.
+    A cache is a few large files with a sum of each chunk, which are checked when it is read. What an interrupted call has
+    fitted lies there as one file for each scan, under a hash, and is not fitted again. The result does not depend on `workers`.
 
     Args:
         grid: which of `config.data.grids`.
         workers: processes; above 1 needs a cache, and a main module that can be imported.
+        scratch: a folder of this node; the arrays are copied there, once per node, and read from there.
+        checked: another process of this job has just checked the cache.
 
     Raises:
         InputError: a row's volume cannot be used; one line with the row's number and the reader's reason.
+        CorruptRun: the cache was damaged after it was written.
     """
     data = config.data.grids[grid]
     keys = [_key(row, data) for row in rows]
@@ -349,7 +355,8 @@ def load_scans(
         record = json.loads((cache / f"scans{suffix}.json").read_text(encoding="utf-8"))
         if record["key"] == key:
             geometry = np.array(record["geometry_mm"], dtype=np.float64)
-            arrays = [np.load(cache / name, mmap_mode="r") for name in names]
+            near = [staging.near(cache / name, record["chunks"][name], scratch, checked) for name in names]
+            arrays = [np.load(path, mmap_mode="r") for path in near]
             return Scans(arrays[0], geometry[:, :3], geometry[:, 3:], arrays[1] if data.labels else None)
     parts = cache / f"parts{suffix}"
     parts.mkdir(parents=True, exist_ok=True)
@@ -363,7 +370,8 @@ def load_scans(
         with atomic_path(cache / name) as partial, partial.open("wb") as stream:
             np.save(stream, array)
     geometry = np.concatenate([scans.spacing_mm, scans.centre_mm], axis=1)
-    write_json(cache / f"scans{suffix}.json", {"key": key, "geometry_mm": geometry.tolist()})
+    chunks = {name: staging.chunks_of(cache / name) for name in names}
+    write_json(cache / f"scans{suffix}.json", {"key": key, "geometry_mm": geometry.tolist(), "chunks": chunks})
     shutil.rmtree(parts)
     return scans
 
@@ -380,7 +388,7 @@ def _key(row: Row, data: DataConfig) -> str:
         return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
     label = row.label if row.label and row.label.exists() and data.labels else None
-    said = [2, data.model_dump(mode="json"), row.number, stamp(row.image), stamp(label) if label else None]
+    said = [3, data.model_dump(mode="json"), row.number, stamp(row.image), stamp(label) if label else None]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ statistics run over the whole training side. Shifted copies (views) stand beside
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import seeding
-from engine.atomic import atomic_path
+from engine.atomic import atomic_path, write_json
 from engine.errors import CorruptRun
 from engine.imaging import streamed
 from engine.imaging.autoencoder import Autoencoder
 from engine.imaging.config import ImagingConfig
 from engine.imaging.dataset import Scans, shifted
 from engine.provenance import sha256
+from engine.training import staging
 from engine.training.distributed import by_main
 
 
@@ -55,11 +57,13 @@ def cached_latents(
     path: Path,
     wanted: str | None,
     accelerator: Accelerator,
+    scratch: str | Path | None = None,
 ) -> Latents:
     """Latents from the cache file `path`, encoded first (by the main process) where there is none of this autoencoder.
 
     Args:
         wanted: SHA-256 of the file a checkpoint was trained on; None before the first step.
+        scratch: a folder of this node; the file is copied there, once per node, and read from there.
 
     Raises:
         CorruptRun: the file is another one than the checkpoint was trained on.
@@ -69,8 +73,13 @@ def cached_latents(
         if wanted is None or not path.is_file():
             with atomic_path(path) as partial:
                 save_file(_encode(config, autoencoder, scans_g, accelerator.device), partial)
+        if scratch is not None:
+            write_json(table, staging.chunks_of(path))
 
+    table = path.with_suffix(".json")
     by_main(accelerator, encode)
+    if scratch is not None:
+        path = staging.stage(path, json.loads(table.read_text(encoding="utf-8")), scratch)
     digest = sha256(path)
     if wanted is not None and digest != wanted:
         hint = "remove the file; where the same autoencoder does not give it again, train again"

@@ -51,11 +51,13 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     cache: str | Path | None = None,
+    scratch: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train on the table `data_csv` and leave a run folder at `out`; returns a JSON-ready summary.
 
     Args:
         cache: folder of fitted volumes made by `engine imaging prepare`; default: one in the run folder.
+        scratch: folder on a disk of each node: volumes and latents are copied there once and read from there.
 
     Raises:
         UsageError: `out` exists and `resume` is False, its config is another one, or another job writes it.
@@ -93,7 +95,11 @@ def train(
 
         def read() -> tuple[list[Scans], Any]:
             stored = Path(cache or out / "cache")
-            scans_g = [load_scans(rows, config, stored, grid, 1, progress) for grid in range(len(config.data.grids))]
+            main = accelerator.is_main_process
+            scans_g = [
+                load_scans(rows, config, stored, grid, 1, progress, scratch, checked=not main)
+                for grid in range(len(config.data.grids))
+            ]
             return scans_g, monitor.prepare(config, table, scans_g[0], out / "cache") if config.monitor else None
 
         try:
@@ -129,7 +135,9 @@ def train(
             parts, state = {}, {}
         run.steps_before = run.model["stages"]["autoencoder"]["steps"]
         encoded = out / "cache" / "latents.safetensors"
-        latents = cached_latents(config, autoencoder, scans_g, encoded, state.get("latents_sha256"), accelerator)
+        latents = cached_latents(
+            config, autoencoder, scans_g, encoded, state.get("latents_sha256"), accelerator, scratch
+        )
 
         torch.manual_seed(seeding.derived_seed(config.seed, "imaging.weights", 1))
         denoiser = new_denoiser(config, known).to(accelerator.device)

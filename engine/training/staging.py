@@ -83,6 +83,15 @@ def stage(path: str | Path, table: dict[str, Any], scratch: str | Path, wait_sec
     return target
 
 
+def near(path: Path, table: dict[str, Any], scratch: str | Path | None, checked: bool = False) -> Path:
+    """Where to read `path` from: its copy under `scratch`, or itself, which is checked first unless it was `checked`."""
+    if scratch is not None:
+        return stage(path, table, scratch)
+    if not checked:
+        verify(path, table)
+    return path
+
+
 def _copy(path: Path, target: Path, lock: Path, table: dict[str, Any]) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < table["bytes"]:

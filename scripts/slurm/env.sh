@@ -20,7 +20,8 @@
 export ENGINE_HOME=${ENGINE_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 export VENV=${VENV:-.venv}
 
-# Fast scratch of the node: copies of what is read often lie here; results are written to the paths given to the job.
+# Fast disk of the node: training copies what it reads there, once per node, and reads it from there.
+# ENGINE_SCRATCH=${SLURM_TMPDIR:-/local/scratch/$USER}
 export TMPDIR=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
 
 # The network between nodes, where the first interface is the wrong one.

@@ -203,3 +203,23 @@ def test_bf16_trains_or_is_refused_where_its_gradients_are_wrong(tiny_config, ta
     assert all(t.dtype == torch.float32 for t in parts["denoiser"].values())
     assert state["bad_steps"] == 0
     assert np.isfinite([e["velocity_mse"] for e in lines(tmp_path / "run") if e["event"] == "flow"]).all()
+
+
+def test_a_run_that_reads_from_a_disk_of_the_node_is_the_same_run(tiny_run, tiny_config, table, tmp_path):
+    """The prepared cache and the latents are copied once, what is read is the copy, and damage of the store is told."""
+    from engine.imaging.prepare import prepare_command
+
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config))
+    prepare_command(tmp_path / "config.yaml", table, tmp_path / "cache", workers=1)
+    train(tiny_config, table, tmp_path / "run", cache=tmp_path / "cache", scratch=tmp_path / "scratch")
+    names = sorted(path.name.split("-", 1)[1] for path in (tmp_path / "scratch").iterdir())
+    assert names == ["latents.safetensors", "scans.npy"]
+    straight, staged = checkpoint.load(tiny_run)[0], checkpoint.load(tmp_path / "run")[0]
+    assert all(torch.equal(t, staged[part][name]) for part, tensors in straight.items() for name, t in tensors.items())
+    store = tmp_path / "cache" / "scans.npy"
+    data = bytearray(store.read_bytes())
+    data[-1] ^= 1
+    store.write_bytes(data)
+    with pytest.raises(CorruptRun, match=r"scans\.npy"):
+        train(tiny_config, table, tmp_path / "again", cache=tmp_path / "cache")
+    assert not (tmp_path / "again").exists()
