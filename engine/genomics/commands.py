@@ -162,7 +162,10 @@ def sample_command(
         people.write_beside(drawn, target, start=first)
         told = people.summary(model, drawn, wanted)
     else:
-        source = stream.source(model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"))
+        source = stream.source(
+            model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"),
+            folder=stream.paths_folder(target, request=request, seed=seed), shard=shard if by_sites else (0, 1),
+        )  # fmt: skip
     record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
     job = stream.Job(target, source.layout(_header_lines(request, seed)), source.groups, record)
     stream.start(job)

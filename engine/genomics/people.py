@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from engine.errors import InputError, UsageError
-from engine.genomics import admixture, local_ancestry, sex_chromosomes, stream
+from engine.genomics import admixture, held_paths, local_ancestry, sex_chromosomes, stream
 from engine.genomics.admixture import Pulse
 from engine.genomics.li_stephens import LiStephens, Paths, joined_paths
 from engine.genomics.local_ancestry import Tracts
@@ -161,7 +161,7 @@ def source(
     if sex_chromosomes.has_x(model):
         return stream.of_panel(panel_of(model, drawn, request, seed=seed, start=start), path)
     sex = sex_chromosomes.draw_sexes(model, drawn.group_n, seed, start, request.sex)
-    held = stream.HeldPaths(model, [drawn.paths], drawn.paths, np.zeros(drawn.n, dtype=np.int64))
+    held = held_paths.hold(model, drawn.paths, np.zeros(drawn.n, dtype=np.int64))
     return stream.of_paths(held, drawn.group_n, start=start, sex=None if sex is None else sex.tolist())
 
 

@@ -5,27 +5,28 @@ billion genotypes; each is written whole or not at all into the folder `FILE.par
 one process or a hundred may write them, again where one died. `finish` joins them and removes the folder.
 
 Memory is bounded: the sites and people by name, one block of packed alleles (32 MiB, or 1,000 records where those are more),
-what a writer lays out of it, and what the source of alleles holds. For the copying model that is the packed panel and the
-paths of all people, `HeldPaths`.
+what a writer lays out of it, and what the source of alleles holds. For the copying model that is the packed panel and one
+stretch of the paths of all people, which lie on disk (`held_paths`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
-from engine import atomic
+from engine import __version__, atomic, provenance
 from engine.errors import InputError, UsageError
 from engine.files import genotype_files, genotypes, ploidy
 from engine.files.genotypes import Block, GenotypeData, Layout
+from engine.genomics import held_paths
+from engine.genomics.held_paths import HeldPaths
 from engine.genomics.panel import HaplotypePanel, Samples, genotypes_from_panel, panel_from_genotypes, synthetic_ids
 from engine.kernels import bits
 
@@ -35,7 +36,6 @@ Progress = Callable[[int, int], None]  # (records done, of)
 _BLOCK_BYTES = 32 << 20  # of packed alleles
 _RECORDS = 1000  # blocks are multiples of it: VCF-Zarr's chunks
 _PART_GENOTYPES = 1 << 29
-_PEOPLE = 1024  # whose paths are drawn at one time
 
 
 @dataclass(frozen=True)
@@ -236,13 +236,38 @@ def of_panel(panel: HaplotypePanel, path: Path | None = None) -> Source:
 
 
 def source(
-    model: Any, n: int, *, groups: str | None, seed: int, start: int, progress: Progress | None = None
+    model: Any,
+    n: int,
+    *,
+    groups: str | None,
+    seed: int,
+    start: int,
+    folder: Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
 ) -> Source:
-    """People start .. start+n-1 of a model: by paths that are materialised block by block, where it has paths; else whole."""
+    """People start .. start+n-1 of a model: by paths that are materialised block by block, where it has paths; else whole.
+
+    Args:
+        folder: where the paths of many people may lie (`held_paths.draw`): a folder of this model and request alone. None:
+            they are held in memory.
+        shard: (i, k) of the processes that share the drawing.
+    """
     if not hasattr(model, "materialise"):
         return of_panel(model.sample(n, groups=groups, seed=seed, start=start, progress=progress))
-    held = hold_paths(model, n, groups=groups, seed=seed, start=start, progress=progress)
+
+    def paths(first: int, count: int) -> tuple[Any, np.ndarray]:
+        made: tuple[Any, np.ndarray] = model.paths(count, groups=groups, seed=seed, start=start + first)
+        return made
+
+    held = held_paths.draw(model, n, paths, folder=folder, shard=shard, progress=progress)
     return of_paths(held, np.array(model.group_names, dtype=str)[held.group_n], start=start)
+
+
+def paths_folder(path: str | Path, **what: Any) -> Path:
+    """Where the drawn paths of a file lie: in its folder of parts, under a name that another request does not have."""
+    told = json.dumps({"engine": __version__, **provenance.commit(), **what}, sort_keys=True)
+    return parts_folder(path) / f"paths-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
 def of_paths(held: HeldPaths, groups: np.ndarray, *, start: int = 0, sex: list[str] | None = None) -> Source:
@@ -266,101 +291,3 @@ def panel_of(job: Job) -> HaplotypePanel:
     panel = panel_from_genotypes(job.layout.head)
     sex = None if job.layout.sex is None else np.array(job.layout.sex, dtype=str)
     return replace(panel, samples=replace(panel.samples, group=job.groups, sex=sex))
-
-
-@dataclass(frozen=True)
-class HeldPaths:
-    """Copying paths of many people, 6 bytes a segment (8 where the panel has more than 65,536 haplotypes) and 4 a changed
-    allele, from which the stretch over a block of sites is cut.
-
-    chunks: as `li_stephens.Paths`, in smaller types; template: one of those as they were drawn; group_n int64 (n,).
-    """
-
-    model: Any
-    chunks: list[Any]
-    template: Any
-    group_n: np.ndarray
-
-    def rows(self, first: int, stop: int) -> np.ndarray:
-        """Packed alleles at sites first .. stop-1."""
-        return np.asarray(self.model.materialise(self.cut(first, stop), first, stop))
-
-    def cut(self, first: int, stop: int) -> Any:
-        """`Paths` that agree with the whole ones at sites first .. stop-1, and begin with what is copied at `first`."""
-        count_c = [len(chunk.segment_offset_n) - 1 for chunk in self.chunks]
-        begin_c = np.concatenate([[0], np.cumsum(count_c)]).astype(np.int64)
-        segments, flips = np.zeros((2, begin_c[-1] + 1), dtype=np.int64)
-        first_n = [np.empty((2, count), dtype=np.int64) for count in count_c]
-        with ThreadPoolExecutor(numba.get_num_threads()) as pool:
-
-            def count(c: int) -> None:
-                chunk, at = self.chunks[c], slice(begin_c[c] + 1, begin_c[c + 1] + 1)
-                _find(chunk.segment_offset_n, chunk.segment_start_s, first, stop, True, first_n[c][0], segments[at])
-                _find(chunk.flip_offset_n, chunk.flip_site_f, first, stop, False, first_n[c][1], flips[at])
-
-            list(pool.map(count, range(len(self.chunks))))
-            np.cumsum(segments, out=segments)
-            np.cumsum(flips, out=flips)
-            start_s, donor_s = np.empty(segments[-1], dtype=np.int64), np.empty(segments[-1], dtype=np.int32)
-            flip_f = np.empty(flips[-1], dtype=np.int64)
-
-            def fill(c: int) -> None:
-                chunk, at = self.chunks[c], slice(begin_c[c], begin_c[c + 1] + 1)
-                _fill(first_n[c][0], segments[at], chunk.segment_start_s, start_s)
-                _fill(first_n[c][0], segments[at], chunk.segment_donor_s, donor_s)
-                _fill(first_n[c][1], flips[at], chunk.flip_site_f, flip_f)
-
-            list(pool.map(fill, range(len(self.chunks))))
-        start_s[segments[:-1]] = 0  # what is copied at the first site is taken to go back to the beginning
-        return replace(
-            self.template, segment_offset_n=segments, segment_start_s=start_s, segment_donor_s=donor_s,
-            flip_offset_n=flips, flip_site_f=flip_f,
-        )  # fmt: skip
-
-
-def hold_paths(
-    model: Any, n: int, *, groups: str | None, seed: int, start: int, progress: Progress | None = None
-) -> HeldPaths:
-    """Draw the paths of people start .. start+n-1, some at a time, and keep them small."""
-    donor_type = np.uint16 if model.k <= 1 << 16 else np.int32
-    chunks, group_n, template = [], np.zeros(n, dtype=np.int64), None
-    for at in range(0, max(n, 1), _PEOPLE):
-        count = min(_PEOPLE, n - at)
-        template, group_n[at : at + count] = model.paths(count, groups=groups, seed=seed, start=start + at)
-        small = replace(
-            template, segment_start_s=template.segment_start_s.astype(np.int32),
-            segment_donor_s=template.segment_donor_s.astype(donor_type),
-            flip_site_f=template.flip_site_f.astype(np.int32),
-        )  # fmt: skip
-        chunks.append(small)
-        if progress is not None:
-            progress(at + count, n)
-    return HeldPaths(model, chunks, template, group_n)
-
-
-@numba.njit(cache=True, nogil=True)
-def _find(offset_n: Any, site_s: Any, first: Any, stop: Any, with_last: Any, first_n: Any, count_n: Any) -> None:
-    """Of each haplotype's rising sites: which are in [first, stop), and `with_last` the one at or before `first`."""
-    for n in range(len(offset_n) - 1):
-        low, high = offset_n[n], offset_n[n + 1]
-        begin, end = low, high
-        while begin < end:  # first place with site > first, or without with_last site >= first
-            middle = (begin + end) // 2
-            if site_s[middle] < first + with_last:
-                begin = middle + 1
-            else:
-                end = middle
-        last = begin
-        while last < high and site_s[last] < stop:
-            last += 1
-        if with_last:
-            begin -= 1
-        first_n[n] = begin
-        count_n[n] = last - begin
-
-
-@numba.njit(cache=True, nogil=True)
-def _fill(first_n: Any, offset_n: Any, value_s: Any, made: Any) -> None:
-    for n in range(len(first_n)):
-        for k in range(offset_n[n + 1] - offset_n[n]):
-            made[offset_n[n] + k] = value_s[first_n[n] + k]
