@@ -192,18 +192,18 @@ def evaluate(
     if reference is None and train is not None:
         # what the floor is measured on must not have fitted the extractor: its own components would flatter nobody but it
         share = min(len(made), len(have), len(train) // 2) / len(train)
-        outside, inside = _sides(train_persons or [str(i) for i in range(len(train))], seed, share)
+        outside, inside = sides(train_persons or [str(i) for i in range(len(train))], seed, share)
         base, other, fitted = have, fitted.take(outside), fitted.take(inside)
         floor_set = "real vs real, a part of the training side that fitted no extractor"
     elif reference is None:
-        first, second = _sides(real_persons or [str(i) for i in range(len(real))], seed, 0.5)
+        first, second = sides(real_persons or [str(i) for i in range(len(real))], seed, 0.5)
         base, other, floor_set = have.take(first), have.take(second), "real vs real, two halves by person"
     else:
         base, other, floor_set = have, profile(reference, grid), "real vs real, the reference set"
     n = min(len(made), len(base), len(other))
     if n < 8:
-        sides = f"{len(made)} synthetic, {len(base)} and {len(other)} real"
-        raise InputError("at least 8 volumes on each side (16 real ones without a reference set)", sides, "evaluate")
+        got = f"{len(made)} synthetic, {len(base)} and {len(other)} real"
+        raise InputError("at least 8 volumes on each side (16 real ones without a reference set)", got, "evaluate")
     rng = seeding.generator(seed, "imaging.evaluate.subset")
     base, other, made = (p.take(np.sort(rng.permutation(len(p))[:n])) for p in (base, other, made))
 
@@ -223,8 +223,8 @@ def evaluate(
         unit: str = "",
     ) -> Finding:
         a, b, s = feature(base), feature(other), feature(made)
-        value, interval = _jackknife(metric, a, s)
-        floor, floor_interval = _jackknife(metric, a, b)
+        value, interval = jackknife(metric, a, s)
+        floor, floor_interval = jackknife(metric, a, b)
         threshold = None if limit is None else limit * floor
         return Finding(
             name,
@@ -291,7 +291,7 @@ def _common_grid(real: Sequence[Volume], synthetic: Sequence[Volume]) -> DataCon
     return grid
 
 
-def _sides(persons: Sequence[str], seed: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+def sides(persons: Sequence[str], seed: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Scans of a random `share` of the people (at least that share of the scans), and the rest; no person in both."""
     unique = sorted(set(persons))
     chosen: set[str] = set()
@@ -320,12 +320,17 @@ def _standardiser(x_nf: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: (x - mean) / deviation
 
 
-def _jackknife(
-    metric: Callable[[np.ndarray, np.ndarray], float], a: np.ndarray, b: np.ndarray
+def jackknife(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    a: np.ndarray,
+    b: np.ndarray,
+    person_n: np.ndarray | None = None,
 ) -> tuple[float, tuple[float, float]]:
-    """Value of `metric` and its 95 % interval: both sides lose one of ten groups at a time."""
+    """Value of `metric` and its 95 % interval: both sides lose one of ten groups at a time, the scans of one person (of the
+    first side, where `person_n` names them) together."""
     value, groups = metric(a, b), np.arange(len(a)) % min(GROUPS, len(a))
-    parts = np.array([metric(a[groups != g], b[groups != g]) for g in range(groups.max() + 1)])
+    of_a = groups if person_n is None else np.unique(person_n, return_inverse=True)[1] % min(GROUPS, len(set(person_n)))
+    parts = np.array([metric(a[of_a != g], b[groups != g]) for g in range(of_a.max() + 1)])
     error = float(np.sqrt((len(parts) - 1) / len(parts) * ((parts - parts.mean()) ** 2).sum()))
     return value, (value - 1.96 * error, value + 1.96 * error)
 
@@ -337,7 +342,7 @@ def _sharpness(base: Profile, other: Profile, made: Profile, n: int, floor_set: 
     def ratio(a: np.ndarray, b: np.ndarray) -> float:
         return float((b @ bins).mean() / max((a @ bins).mean(), 1e-12))
 
-    value, interval = _jackknife(ratio, base.gradient_nb, made.gradient_nb)
+    value, interval = jackknife(ratio, base.gradient_nb, made.gradient_nb)
     floor = ratio(base.gradient_nb, other.gradient_nb)
     return Finding(
         "sharpness_ratio",
