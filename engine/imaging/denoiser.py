@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import Unsupported
-from engine.imaging.autoencoder import group_norm
+from engine.imaging.autoencoder import Convolution, group_norm
 from engine.imaging.config import FlowConfig
 
 
@@ -121,10 +121,10 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(inputs), nn.Conv3d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(outputs), nn.Conv3d(outputs, outputs, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(inputs), Convolution(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(outputs), Convolution(outputs, outputs, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * outputs)
-        self.skip = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = Convolution(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.modulate.weight)
@@ -203,7 +203,7 @@ class Denoiser(nn.Module):
         self.recompute, self.context_channels = recompute, context_channels
         widths, embedding, blocks = config.widths, config.embedding_width, config.blocks
         self.embed = ConditionEmbedding(embedding, levels, continuous)
-        self.first = nn.Conv3d(latent_channels + context_channels, widths[0], 3, padding=1)
+        self.first = Convolution(latent_channels + context_channels, widths[0], 3, padding=1)
 
         def attention(level: int) -> nn.Module:
             if level not in config.attention_levels:
@@ -215,7 +215,7 @@ class Denoiser(nn.Module):
             self.down.append(nn.ModuleList(Block(width, width, embedding, config.dropout) for _ in range(blocks)))
             self.down_attention.append(attention(level))
             if level + 1 < len(widths):
-                self.shrink.append(nn.Conv3d(width, widths[level + 1], 3, stride=2, padding=1))
+                self.shrink.append(Convolution(width, widths[level + 1], 3, stride=2, padding=1))
         self.middle = Block(widths[-1], widths[-1], embedding, config.dropout)
         self.up, self.up_attention, self.grow = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths))):
@@ -227,8 +227,8 @@ class Denoiser(nn.Module):
             )
             self.up_attention.append(attention(level))
             if level:
-                self.grow.append(nn.Conv3d(width, widths[level - 1], 3, padding=1))
-        self.last_norm, self.last = group_norm(widths[0]), nn.Conv3d(widths[0], latent_channels, 3, padding=1)
+                self.grow.append(Convolution(width, widths[level - 1], 3, padding=1))
+        self.last_norm, self.last = group_norm(widths[0]), Convolution(widths[0], latent_channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 

@@ -29,7 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import Unsupported, UsageError
-from engine.imaging.autoencoder import Autoencoder, Decoder, Encoder, ResidualBlock, depth_to_space, space_to_depth
+from engine.imaging.autoencoder import (
+    Autoencoder,
+    Decoder,
+    Encoder,
+    ResidualBlock,
+    convolve,
+    depth_to_space,
+    space_to_depth,
+)
 
 Kind = Literal["convolve", "normalise", "activate", "double", "double_linear", "fold", "unfold", "keep", "add"]
 Shape = tuple[int, int, int, int]  # channels, d, h, w
@@ -348,13 +356,13 @@ def _convolved(flow: Iterator[Tensor], conv: nn.Conv3d, span: _Span) -> Iterator
         del x
         windows = (held.shape[2] - 3) // stride + 1
         if windows > 0:
-            handed = [F.conv3d(held, conv.weight, conv.bias, conv.stride, (0, 1, 1))]
+            handed = [convolve(held, conv.weight, conv.bias, conv.stride, (0, 1, 1))]
             held = held[:, :, stride * windows :].clone()
             yield handed.pop()
     if held is not None and span.stop == span.total:
         held = F.pad(held, (0, 0, 0, 0, 0, 1))
         if held.shape[2] >= 3:
-            yield F.conv3d(held, conv.weight, conv.bias, conv.stride, (0, 1, 1))
+            yield convolve(held, conv.weight, conv.bias, conv.stride, (0, 1, 1))
 
 
 def _doubled(flow: Iterator[Tensor], span: _Span) -> Iterator[Tensor]:
