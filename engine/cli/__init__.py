@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from engine.cli import audit, benchmark, files, genomics, imaging, kernels, machine, release
+from engine.cli import audit, benchmark, cohort, files, genomics, imaging, kernels, machine, release
 from engine.errors import EngineError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(genomics.app, name="genomics")
 app.add_typer(imaging.app, name="imaging")
+app.add_typer(cohort.app, name="cohort")
 app.add_typer(files.app, name="files")
 app.add_typer(benchmark.app, name="benchmark")
 audit.register(app)

@@ -11,21 +11,22 @@ lungs. Cases (`modality.cases`) get the heads' disease effect.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit, ndtr, ndtri
 
-from engine import seeding
+from engine import atomic, provenance, seeding
 from engine.cohort import genotypes, heads
 from engine.cohort.config import AnatomyConfig, GenotypeConfig, ScannerConfig
 from engine.cohort.genotypes import Locus
 from engine.cohort.people import log_ventricle, split_by_person
 from engine.cohort.profile import END, GENOTYPE, Column, Profile
-from engine.cohort.tables import Table, column
+from engine.cohort.tables import Table, column, write_table
 from engine.errors import UsageError
-from engine.genomics.panel import HaplotypePanel
-from engine.imaging.volume import Volume
+from engine.genomics.panel import HaplotypePanel, write_panel
+from engine.imaging.volume import Volume, write_volume
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def simulate(
     split = split_by_person(group_n, np.array([_uniform(seed, "split", k, 1)[0] for k in range(people)]), holdout)
     rows: list[dict[str, Any]] = []
     for k in range(people):
-        genetic = {locus.name: float(dosage[k, at]) for at, locus in enumerate(loci)}
+        # ALT counts above what the panel has on average
+        genetic = {locus.name: float(dosage[k, at] - 2 * locus.frequency) for at, locus in enumerate(loci)}
         rows += [
             {"subject": ids[k], "split": split[k], **row} for row in _person(profile, seed, k, str(group_n[k]), genetic)
         ]
@@ -177,8 +179,7 @@ def _person(profile: Profile, seed: int, k: int, group: str, genetic: dict[str, 
 def _acts(profile: Profile, effect: Any, value: dict[str, Any]) -> float:
     """What an effect adds, for people as they are; numeric causes are centred on their own mean."""
     if effect.of in profile.genotypes.loci:
-        locus = profile.genotypes.loci[effect.of]
-        return float(effect.value * (value[effect.of] - 2 * locus.frequency))
+        return float(effect.value * value[effect.of])
     spec = profile.columns.get(effect.of)
     if spec is None:
         return 0.0
@@ -287,3 +288,39 @@ def _or(cell: Any, default: float) -> float:
         return float(cell)
     except (TypeError, ValueError):
         return default
+
+
+def write_simulated(made: Simulated, folder: str | Path) -> Path:
+    """Write a cohort as the inputs of `engine cohort fit`: visits.csv, images/, genotypes.bcf, genetic_map.txt, truth.json.
+
+    Raises:
+        UsageError: the folder exists.
+    """
+    with atomic.atomic_folder(folder) as out:
+        names = [str(image) for image in made.table["image"] if image]
+        for name, volume in zip(names, made.volumes):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            write_volume(volume, out / name)
+        write_table(out / "visits.csv", made.table)
+        write_panel(
+            made.panel, out / "genotypes.bcf", header_lines=["##engine_embedded=SIMULATED people: no row is a person"]
+        )
+        atomic.write_text(out / "genetic_map.txt", "\n".join(genotypes.map_lines(made.panel)) + "\n")
+        atomic.write_json(out / "truth.json", {"loci": [locus.to_json() for locus in made.loci]})
+        provenance.write(out, "cohort embedded", synthetic=True)
+    return Path(folder)
+
+
+def visits_table(subjects: Table, scans: Table) -> Table:
+    """The embedded cohort's tables (`engine.cohort.embedded`) as one table of visits, as `longitudinal.fit_table` takes it."""
+    row = {str(name): at for at, name in enumerate(subjects["subject"])}
+    at = np.array([row[str(name)] for name in scans["subject"]])
+    twice = subjects["visits"][at] == 2
+    made = {name: scans[name] for name in ("subject", "visit")}
+    made["years"] = np.asarray(scans["interval_years"], dtype=np.float64)
+    made |= {name: scans[name] for name in ("group", "sex", "age", "diagnosis")}
+    made["end"] = np.where(twice, "completed", "dropout").astype(object)
+    made["end_years"] = np.where(twice, subjects["interval_years"][at], 0.0)
+    made["split"] = scans["split"] if "split" in scans else np.full(len(at), "train", dtype=object)
+    made["image"] = np.array([f"imaging/{image}" for image in scans["image"]], dtype=object)
+    return made

@@ -326,6 +326,40 @@ def stretches(figure: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
+def graph(figure: Mapping[str, Any]) -> str:
+    """Nodes joined by arrows, in columns.
+
+    Args:
+        figure: "nodes", dicts with name, x (column), y (row) and kind (column, genotype, scan, absence); "edges", lists
+            of source, target and whether the arrow is broken.
+    """
+    nodes = {str(node["name"]): node for node in figure["nodes"]}
+    tallest = {x: sum(n["x"] == x for n in nodes.values()) for x in {n["x"] for n in nodes.values()}}
+    columns, rows = max(tallest, default=0) + 1, max(tallest.values(), default=1)
+    place = {name: (1.9 * n["x"], -0.55 * (n["y"] + (rows - tallest[n["x"]]) / 2)) for name, n in nodes.items()}
+    colours = {"column": REAL, "genotype": GOOD, "scan": SYNTHETIC, "absence": QUIET}
+    with plt.rc_context(_RC):
+        drawing = plt.figure(figsize=(max(WIDTH, 1.55 * columns), max(1.6, 0.42 * rows + 0.4)))
+        axis = drawing.add_subplot()
+        axis.set_axis_off()
+        for source, target, broken in figure["edges"]:
+            start, stop = place[source], place[target]
+            style = {"arrowstyle": "-|>", "color": QUIET, "linewidth": 0.8, "linestyle": ":" if broken else "-"}
+            bend = f"arc3,rad={0.25 if start[0] == stop[0] else 0.05}"
+            axis.annotate("", stop, start, arrowprops={**style, "connectionstyle": bend, "shrinkA": 16, "shrinkB": 18})
+        for name, node in nodes.items():
+            box = {
+                "boxstyle": "round,pad=0.3",
+                "facecolor": "white",
+                "edgecolor": colours[node["kind"]],
+                "linewidth": 1.2,
+            }
+            axis.text(*place[name], name, ha="center", va="center", fontsize=8, color="#1a1a1a", bbox=box)
+        axis.set_xlim(-0.9, 1.9 * (columns - 1) + 0.9)
+        axis.set_ylim(-0.55 * (rows - 1) - 0.5, 0.5)
+    return _svg(drawing)
+
+
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     drawing, axis = plt.subplots(figsize=(WIDTH, HEIGHT))
     axis.set(xlabel=x_label, ylabel=y_label)

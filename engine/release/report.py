@@ -76,6 +76,7 @@ _DRAW = {
     "histogram": (drawings.histogram, "Distribution, real and synthetic."),
     "scatter": (drawings.scatter, "Each point is one subject."),
     "dots": (drawings.dots, "Each value beside the same measure on unseen real people."),
+    "graph": (drawings.graph, "An arrow points from what acts to what it acts on."),
     "stretches": (drawings.stretches, "Bars are stretches that are equal in both haplotypes."),
 }
 SLIDER = (Path(__file__).parent / "templates" / "slider.js").read_text(encoding="utf-8").strip()
