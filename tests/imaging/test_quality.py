@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,6 +354,12 @@ def test_config_names_the_nearest_key(tmp_path):
     assert config.segmenter.steps == 7
     assert config.extractor.weights[0].path == tmp_path / "w.pth"
     assert load_quality_config(None) == QualityConfig()
+
+
+def test_shipped_configs_say_what_they_are():
+    folder = Path(__file__).resolve().parents[2] / "configs" / "imaging"
+    assert load_quality_config(folder / "evaluate.yaml") == QualityConfig()
+    assert load_quality_config(folder / "evaluate_adrenal.yaml").utility.classes == ["class"]
 
 
 def test_label_values_refuse_what_is_no_label_map():

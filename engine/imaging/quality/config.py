@@ -39,7 +39,7 @@ class ExtractorConfig(_Section):
     """Encoders that learn without labels, in 3D and on slices of three planes, and weights of others beside them."""
 
     volumes: LearningConfig = LearningConfig()
-    slices: LearningConfig = LearningConfig(batch_size=64)
+    slices: LearningConfig = LearningConfig(batch_size=32)
     components: int = Field(16, ge=2, description="principal components of the features that distances see")
     weights: list[WeightsConfig] = Field(default_factory=list)
 
@@ -47,7 +47,7 @@ class ExtractorConfig(_Section):
 class SegmenterConfig(LearningConfig):
     """The 3D U-Net (MONAI) that learns label maps."""
 
-    steps: int = Field(400, ge=1)
+    steps: int = Field(300, ge=1)
     batch_size: int = Field(4, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
     widths: tuple[int, ...] = Field((16, 32, 64), min_length=2)
