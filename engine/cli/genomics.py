@@ -65,6 +65,7 @@ def fit(
     group_column: GroupColumn = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML, see configs/genomics/.")] = None,
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a transformer's training in OUT.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Fit a haplotype model to a panel and write a run folder."""
@@ -78,6 +79,7 @@ def fit(
             group_column=group_column,
             config=config,
             overrides=overrides or [],
+            resume=resume,
             out=out,
             progress=progress,
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from engine import __version__, atomic, provenance
-from engine.errors import InputError, UsageError
+from engine.errors import InputError, Unsupported, UsageError
 from engine.files import genotype_files
 from engine.genomics import admixture, li_stephens, people, run_folder, sex_chromosomes, stream
 from engine.genomics.evaluate import evaluate
@@ -24,6 +24,7 @@ from engine.genomics.matching import common_sites
 from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_samples
 from engine.genomics.phenotypes import load_trait
 from engine.genomics.reference import as_reference
+from engine.genomics.transformer import config as transformer
 from engine.kernels import bits
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -38,11 +39,13 @@ def fit_command(
     group_column: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fit the copying model to a panel file and write the run folder `out`.
+    """Fit the copying model, or the transformer where the config says so, to a panel file and write the run folder `out`.
 
     Args:
+        resume: go on with the training of a transformer that was stopped.
         group_column: column of the samples table that holds the groups; None takes the usual names.
 
     Returns:
@@ -51,6 +54,15 @@ def fit_command(
     Raises:
         UsageError: bad config, or `out` exists. InputError: the panel, map or table cannot be used.
     """
+    if config is not None and transformer.is_transformer(config):
+        from engine.genomics.transformer import command
+
+        return command.fit_command(
+            panel_path, out=out, config=config, map=map, samples=samples, group_column=group_column,
+            overrides=overrides, resume=resume, progress=progress,
+        )  # fmt: skip
+    if resume:
+        raise UsageError("--resume of a training run", "a copying model, which is fitted at once", "fit")
     settings = li_stephens.load_config(config, overrides)
     if Path(out).exists():
         raise UsageError(
@@ -119,6 +131,17 @@ def sample_command(
     Raises:
         UsageError: bad n, shard, group, request or suffix, or `out` exists. CorruptRun: the run folder is not whole.
     """
+    if transformer.is_run(run):
+        asked = {"--admix": admix, "--generations": generations, "--sex": sex, "--phenotype": phenotype,
+                 "--case-fraction": case_fraction, "--prs-range": prs_range}  # fmt: skip
+        for option, value in asked.items():
+            if value is not None:
+                raise Unsupported("people of a group", option, "sample from a transformer", "a run of the copying model")
+        if shard_by != "people":
+            raise Unsupported("--shard-by people", shard_by, "sample from a transformer")
+        from engine.genomics.transformer import command
+
+        return command.sample_command(run, n, out=out, group=group, seed=seed, shard=shard, progress=progress)
     index, count = shard
     if n < 1 or not 0 <= index < count:
         raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
@@ -255,7 +278,7 @@ def score_command(
         {"haplotypes": n, "mean_nats": mean per haplotype, "sem": its standard error, "leave_one_out", "warnings"}; sem
         is None for a single haplotype.
     """
-    model = li_stephens.load(run)
+    model = _load(run)
     nats_n = model.log_likelihood(
         sex_chromosomes.complete(read_panel(panel)), leave_one_out=leave_one_out, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("scoring", done, total),
@@ -270,6 +293,15 @@ def score_command(
         "leave_one_out": leave_one_out,
         "warnings": model.warnings,
     }
+
+
+def _load(run: str | Path) -> Any:
+    """The model of a run folder, which has `log_likelihood` and `warnings`."""
+    if not transformer.is_run(run):
+        return li_stephens.load(run)
+    from engine.genomics.transformer.run import load
+
+    return load(run)
 
 
 def evaluate_command(

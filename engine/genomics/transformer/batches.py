@@ -17,11 +17,13 @@ from engine.genomics.transformer.model import HaplotypeTransformer, State
 
 
 class Batch(NamedTuple):
-    """B haplotypes over L sites, padded. logit_blc, features_blf, residual_bl, nats_blc float32, see `model`; allele_bl float32,
-    0 where unknown; known_bl float32, 1 where the allele is known; group_b int64; covariate_bv float32 (B, 2 V)."""
+    """B haplotypes over L sites, padded. logit_blc, features_blf, centred_bl, residual_bl, nats_blc float32, see `model`;
+    allele_bl float32, 0 where unknown; known_bl float32, 1 where the allele is known; group_b int64; covariate_bv float32
+    (B, 2 V)."""
 
     logit_blc: Tensor
     features_blf: Tensor
+    centred_bl: Tensor
     residual_bl: Tensor
     nats_blc: Tensor
     allele_bl: Tensor
@@ -35,9 +37,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What all batches of one model share: weight_c float32, the starting weights; fact_lf float32, see `features`; patch."""
+    """What all batches of one model share: weight_c float32, the starting weights; share_l float32, frequencies of
+    ALT; fact_lf float32, see `features`; patch."""
 
     weight_c: np.ndarray
+    share_l: np.ndarray
     fact_lf: np.ndarray
     patch: int
 
@@ -71,9 +75,15 @@ def batch(
         return F.pad(tensor, (0,) * (2 * (tensor.ndim - 2)) + (0, more)) if more else tensor
 
     return Batch(
-        padded(logit_nlc), padded(feature_nlf), padded(residual_nl), padded(nats_nlc), padded(target_nl == 1),
-        padded(target_nl <= 1), torch.from_numpy(group_n.astype(np.int64)), torch.from_numpy(covariate_nv),
+        padded(logit_nlc), padded(feature_nlf), padded(centred(facts, target_nl)), padded(residual_nl), padded(nats_nlc),
+        padded(target_nl == 1), padded(target_nl <= 1), torch.from_numpy(group_n.astype(np.int64)),
+        torch.from_numpy(covariate_nv),
     )  # fmt: skip
+
+
+def centred(facts: Facts, target_nl: np.ndarray, site: slice = slice(None)) -> np.ndarray:
+    """float32 (N, sites): allele less its frequency, 0 where it is missing."""
+    return np.where(target_nl == 255, np.float32(0), target_nl - facts.share_l[site])
 
 
 def windows(
@@ -88,8 +98,8 @@ def windows(
     for first in range(0, sites, size):
         cut = slice(first, first + size)
         logits, after = network(
-            whole.logit_blc[:, cut], whole.features_blf[:, cut], whole.residual_bl[:, cut], whole.nats_blc[:, cut],
-            (whole.group_b, whole.covariate_bv), first, state,
+            whole.logit_blc[:, cut], whole.features_blf[:, cut], whole.centred_bl[:, cut], whole.residual_bl[:, cut],
+            whole.nats_blc[:, cut], (whole.group_b, whole.covariate_bv), first, state,
         )  # fmt: skip
         state = after.detached()
         yield logits, whole.allele_bl[:, cut], whole.known_bl[:, cut], first + size >= sites

@@ -90,6 +90,9 @@ class TransformerConfig(_Section):
     start: list[float] | None = Field(None, description="weights of the chains at the start; null: the same for all")
     network: NetworkConfig = Field(default_factory=lambda: NetworkConfig.model_validate({}))
     fit: FitConfig
+    phenotypes: str | None = Field(
+        None, description="table of sample id and columns of numbers that people are conditioned on"
+    )
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig.model_validate({}))
 
     @model_validator(mode="after")
@@ -111,6 +114,11 @@ def is_transformer(path: str | Path | None) -> bool:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     return isinstance(values, dict) and values.get("model") == "transformer"
+
+
+def is_run(run_folder: str | Path) -> bool:
+    """Whether a folder holds a run of this model."""
+    return (Path(run_folder) / "reference").is_dir()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TransformerConfig:

@@ -90,7 +90,7 @@ def foretold_next(
 def rounded(
     logit_nlc: np.ndarray, donors_nlc: np.ndarray, specs: Sequence[ChainSpec], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As float16: log-odds within -LARGEST..LARGEST, those of lenient chains before their mismatch; log donors / log K - 1/2."""
+    """As float16: log-odds within -LARGEST..LARGEST, of lenient chains before their mismatch; log donors / log K - 1/2."""
     logit_nlc = logit_nlc.copy()
     for c, spec in enumerate(specs):
         if spec.mismatch is not None and spec.mismatch >= LENIENT:

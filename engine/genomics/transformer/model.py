@@ -9,9 +9,10 @@ the network at the site makes of what it sees there (`features`) and of the cont
 bias. h_j is the transformer's output at the last patch that ended before l. d, b, o and e begin at 0 and w as given, so
 that an untrained network is the mixture of the chains with those weights, and learning begins there.
 
-A patch enters the transformer when its last allele is known: the sum over its sites of (allele - foretold probability)
-times a vector of the site, which of its alleles surprised, how each chain did, and the condition (group, phenotypes).
-Attention looks back over `attention` patches; sums that fade with 4 to 1,024 patches reach further. A window of patches
+A patch enters the transformer when its last allele is known: the sum over its sites of (allele - its frequency) times a
+vector of the site, which of its alleles surprised, how each chain did, and the condition (group, phenotypes). The
+vectors begin as principal components of the training panel, so that their sum over a haplotype is where it lies among
+people. Attention looks back over `attention` patches; sums that fade with 4 to 1,024 patches reach further. A window of patches
 is computed from the keys, values and sums that the window before it left, so that a chromosome is one sequence however
 it is cut: the logits do not depend on the cuts (but for rounding).
 
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FADES = (4.0, 16.0, 128.0, 1024.0)  # patches
+FADES = (4.0, 32.0)  # patches
+LONG_FADE = 1024.0
 
 
 class State(NamedTuple):
@@ -70,7 +72,9 @@ class Block(nn.Module):
         allowed_jk = (distance_jk >= 0) & (distance_jk <= self.reach)
         bias_hjk = self.nearness[:, distance_jk.clamp(0, self.reach)].masked_fill(~allowed_jk, -math.inf)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        mixed = F.scaled_dot_product_attention(split(query), split(keys), split(values), attn_mask=bias_hjk.to(query.dtype))
+        mixed = F.scaled_dot_product_attention(
+            split(query), split(keys), split(values), attn_mask=bias_hjk.to(query.dtype)
+        )
         x_bjd = x_bjd + self.dropout(self.out_projection(mixed.transpose(1, 2).flatten(2)))
         x_bjd = x_bjd + self.dropout(self.network(self.before_network(x_bjd)))
         return x_bjd, keys[:, -self.reach :], values[:, -self.reach :]
@@ -97,11 +101,11 @@ class HaplotypeTransformer(nn.Module):
         self.weight_c = nn.Parameter(torch.as_tensor(weight_c, dtype=torch.float32).clone())
         self.group = nn.Embedding(groups + 1, width)
         self.covariates = nn.Linear(2 * covariates, width, bias=False) if covariates else None
-        self.site_in = nn.Parameter(torch.randn(padded, width) / math.sqrt(width))
+        self.site_in = nn.Parameter(0.1 * torch.randn(padded, width) / math.sqrt(sites))
         self.patch_in = nn.Linear(patch + chains + 1, width)
         self.start = nn.Parameter(torch.zeros(width))
-        self.sums_in = nn.Linear(width, width, bias=False)
-        self.sums_out = nn.Linear(width, width, bias=False)
+        self.sums_in = nn.Linear(width, width * len(FADES), bias=False)
+        self.sums_out = nn.Linear(width * (1 + len(FADES)), width, bias=False)
         self.blocks = nn.ModuleList([Block(width, heads, attention, dropout) for _ in range(depth)])
         self.after = nn.LayerNorm(width)
         self.site_features = nn.Parameter(0.1 * torch.randn(padded, site_width))
@@ -114,18 +118,13 @@ class HaplotypeTransformer(nn.Module):
         self.dropout, self.site_dropout = nn.Dropout(dropout), nn.Dropout(site_dropout)
         nn.init.zeros_(self.to_weights.weight)
         nn.init.zeros_(self.to_weights.bias)
-        fade_d = torch.tensor(FADES).repeat_interleave(-(-width // len(FADES)))[:width]
-        self.register_buffer("keep_d", torch.exp(-1.0 / fade_d), persistent=False)
 
-    def begin(self, haplotypes: int) -> State:
-        """The state before the first patch."""
-        like = self.start
-        empty = like.new_zeros(haplotypes, 0, self.width)
-        depth = len(self.blocks)
-        return State(
-            (empty,) * depth, (empty,) * depth, like.new_zeros(haplotypes, self.width),
-            self.start.expand(haplotypes, self.width), 0,
-        )  # fmt: skip
+    def begin(self, condition_bd: Tensor) -> State:
+        """The state before the first patch of haplotypes of this condition."""
+        haplotypes, depth = len(condition_bd), len(self.blocks)
+        empty = condition_bd.new_zeros(haplotypes, 0, self.width)
+        sums_bd = condition_bd.new_zeros(haplotypes, self.width * (1 + len(FADES)))
+        return State((empty,) * depth, (empty,) * depth, sums_bd, self.start + condition_bd, 0)
 
     def condition(self, group_b: Tensor, covariate_bv: Tensor | None) -> Tensor:
         """float32 (b, d) from group indices int64 (b,) and, with covariates, (b, 2 V): values, and 1 where they are known."""
@@ -137,43 +136,42 @@ class HaplotypeTransformer(nn.Module):
         here = slice(first_site, first_site + logit_blc.shape[1])
         site_ls = self.site_dropout(self.site_features[here]).expand(len(logit_blc), -1, -1)
         hidden = self.to_hidden(torch.cat([features_blf, site_ls], dim=-1)) + self.context_to_hidden(context_bld)
-        hidden = self.dropout(F.gelu(hidden))
-        hidden = F.gelu(self.hidden(hidden))
+        hidden = F.gelu(self.hidden(F.gelu(hidden)))
         more = self.to_weights(hidden).float()
         weights_blc = self.weight_c + more[..., :-1]
-        own = (self.site_dropout(context_bld) * self.site_out[here]).sum(dim=-1)
+        own = (context_bld * self.site_dropout(self.site_out[here])).sum(dim=-1)
         return (weights_blc * logit_blc).sum(dim=-1) + more[..., -1] + self.site_bias[here] + own
 
-    def tokens(self, residual_bl: Tensor, nats_blc: Tensor, condition_bd: Tensor, first_site: int) -> Tensor:
-        """What enters the transformer of whole patches from site first_site on.
+    def tokens(
+        self, centred_bl: Tensor, residual_bl: Tensor, nats_blc: Tensor, condition_bd: Tensor, first_site: int
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the transformer of whole patches from site first_site on: b j d, and its first part alone.
 
         Args:
-            residual_bl: allele less foretold probability, 0 where it is missing.
+            centred_bl: allele less its frequency in the panel; residual_bl: allele less foretold probability; 0 where missing.
             nats_blc: log-probability that each chain gave to the allele.
         """
-        size = self.patch
         here = slice(first_site, first_site + residual_bl.shape[1])
-        residual_bjp = residual_bl.unflatten(1, (-1, size))
-        site_jpd = self.site_dropout(self.site_in[here]).unflatten(0, (-1, size))
-        summed = torch.einsum("bjp,jpd->bjd", residual_bjp, site_jpd)
-        chains_bjc = nats_blc.unflatten(1, (-1, size)).mean(dim=2)
+        site_jpd = self.site_dropout(self.site_in[here]).unflatten(0, (-1, self.patch))
+        summed_bjd = torch.einsum("bjp,jpd->bjd", centred_bl.unflatten(1, (-1, self.patch)), site_jpd)
+        residual_bjp = residual_bl.unflatten(1, (-1, self.patch))
+        chains_bjc = nats_blc.unflatten(1, (-1, self.patch)).mean(dim=2)
         seen = torch.cat([residual_bjp, chains_bjc, chains_bjc.mean(dim=-1, keepdim=True)], dim=-1)
-        made: Tensor = self.dropout(summed + self.patch_in(seen)) + condition_bd[:, None]
-        return made
+        return summed_bjd + self.patch_in(seen) + condition_bd[:, None], summed_bjd
 
-    def through_patches(self, token_bjd: Tensor, state: State) -> tuple[Tensor, State]:
+    def through_patches(self, token_bjd: Tensor, summed_bjd: Tensor, state: State) -> tuple[Tensor, State]:
         """Outputs h_bjd at the patches of a window and the state after it."""
         window = token_bjd.shape[1]
-        entered_bjd = self.sums_in(token_bjd)
         step_j = torch.arange(window, device=token_bjd.device, dtype=torch.float32)
         ago_jk = step_j[:, None] - step_j[None]
         sums = []
-        for part, fade in zip(entered_bjd.split(-(-self.width // len(FADES)), dim=-1), FADES):
-            kept_jk = torch.exp(-ago_jk / fade).tril() / math.sqrt(fade)
-            sums.append(torch.einsum("jk,bkd->bjd", kept_jk.to(part.dtype), part))
-        carried = torch.exp(torch.log(self.keep_d) * (step_j[:, None] + 1)) * state.sums_bd[:, None]
-        sums_bjd = torch.cat(sums, dim=-1) + carried
-        x_bjd = token_bjd + self.sums_out(sums_bjd)
+        parts = [summed_bjd, *self.sums_in(token_bjd).chunk(len(FADES), dim=-1)]
+        for part, fade, before in zip(parts, (LONG_FADE, *FADES), state.sums_bd.chunk(1 + len(FADES), dim=-1)):
+            kept_jk = torch.exp(-ago_jk / fade).tril() / (1.0 if fade == LONG_FADE else math.sqrt(fade))
+            carried = torch.exp(-(step_j[:, None] + 1) / fade) * before[:, None]
+            sums.append(torch.einsum("jk,bkd->bjd", kept_jk, part.float()) + carried)
+        sums_bjd = torch.cat(sums, dim=-1)
+        x_bjd = self.dropout(token_bjd + self.sums_out(sums_bjd))
         keys, values = [], []
         for block, key, value in zip(self.blocks, state.keys, state.values):
             x_bjd, key, value = block(x_bjd, key, value)
@@ -183,16 +181,17 @@ class HaplotypeTransformer(nn.Module):
         return x_bjd, State(tuple(keys), tuple(values), sums_bjd[:, -1], x_bjd[:, -1], state.patches + window)
 
     def forward(
-        self, logit_blc: Tensor, features_blf: Tensor, residual_bl: Tensor, nats_blc: Tensor, condition: tuple[Tensor, Tensor | None],
-        first_site: int, state: State | None,
+        self, logit_blc: Tensor, features_blf: Tensor, centred_bl: Tensor, residual_bl: Tensor, nats_blc: Tensor,
+        condition: tuple[Tensor, Tensor | None], first_site: int, state: State | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Logits (b, l) of a window of whole patches, all of whose alleles are known, and the state after it.
 
         The last window is padded to whole patches by its caller.
         """
-        state = self.begin(len(logit_blc)) if state is None else state
-        token_bjd = self.tokens(residual_bl, nats_blc, self.condition(*condition), first_site)
-        h_bjd, after = self.through_patches(token_bjd, state)
+        condition_bd = self.condition(*condition)
+        state = self.begin(condition_bd) if state is None else state
+        token_bjd, summed_bjd = self.tokens(centred_bl, residual_bl, nats_blc, condition_bd, first_site)
+        h_bjd, after = self.through_patches(token_bjd, summed_bjd, state)
         context_bjd = torch.cat([state.last_bd[:, None], h_bjd[:, :-1]], dim=1)
         context_bld = context_bjd.repeat_interleave(self.patch, dim=1)
         # data parallel training waits for a gradient of every parameter, in a window without history too

@@ -1,7 +1,7 @@
 """A fitted haplotype transformer from its run folder: exact likelihood, and people drawn site by site.
 
 The likelihood is the product over sites of what the network gives to the allele that is there, given those before it; a
-missing allele is summed over by saying nothing to chains and network. People are drawn in fixed blocks of BLOCK people on
+missing allele says nothing to chains and network and costs nothing. People are drawn in fixed blocks of BLOCK people on
 one thread, so that person k is a pure function of model, seed, k and what was asked for, whatever the shard: in another
 block the last bits of a matrix product could differ.
 """
@@ -22,13 +22,14 @@ from engine.genomics.li_stephens import LiStephens, Progress
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import HaplotypePanel, Samples, synthetic_ids
 from engine.genomics.transformer import features
-from engine.genomics.transformer.batches import Facts, batch, log_likelihood, new_network
+from engine.genomics.transformer.batches import Facts, batch, centred, log_likelihood, new_network
 from engine.genomics.transformer.config import TransformerConfig, load_config
 from engine.genomics.transformer.model import HaplotypeTransformer
+from engine.genomics.transformer.train import facts_of
 from engine.kernels import bits
 from engine.training import checkpoint
 
-BLOCK = 32  # people drawn together
+BLOCK = 64  # people drawn together
 TOGETHER = 32  # haplotypes scored together
 
 
@@ -39,12 +40,14 @@ class Transformer:
     Attributes:
         config: settings. reference: the copying model, with the panel, its sites, groups and warnings.
         network: in evaluation mode, on the CPU. covariates: names of what people's phenotypes are conditioned on.
+        digest: SHA-256 of the network's weights.
     """
 
     config: TransformerConfig
     reference: LiStephens
     network: HaplotypeTransformer
     covariates: list[str]
+    digest: str = ""
 
     @property
     def warnings(self) -> list[str]:
@@ -57,8 +60,7 @@ class Transformer:
     @property
     def facts(self) -> Facts:
         """What its batches share."""
-        weight_c = np.array(self.config.weights, np.float32)
-        return Facts(weight_c, features.facts(self.reference), self.config.network.patch)
+        return facts_of(self.config, self.reference)
 
     def log_likelihood(
         self,
@@ -139,7 +141,8 @@ class Transformer:
                 wanted = (people >= start) & (people < start + n)
                 group_b = np.zeros(BLOCK, np.int64)  # people who are not asked for fill the block
                 group_b[wanted] = group_n[people[wanted] - start]
-                alleles.append(self._block(people, group_b, given_v, seed)[np.repeat(wanted, 2)])
+                made_nl, _ = self._block(people, group_b, given_v, seed)
+                alleles.append(made_nl[np.repeat(wanted, 2)])
                 if progress is not None:
                     progress(block + 1 - first_block, stop_block - first_block)
         finally:
@@ -150,9 +153,7 @@ class Transformer:
             2 * np.arange(n + 1, dtype=np.int64),
         )  # fmt: skip
         bits_lw = bits.pack(np.ascontiguousarray(alleles_nl.T))
-        return HaplotypePanel(
-            bits_lw, None, model.sites, samples, True, dict(model.contig_length), model.assembly
-        )
+        return HaplotypePanel(bits_lw, None, model.sites, samples, True, dict(model.contig_length), model.assembly)
 
     def _given(self, phenotypes: dict[str, float]) -> np.ndarray:
         given_v = np.zeros(2 * len(self.covariates), np.float32)
@@ -177,8 +178,11 @@ class Transformer:
         return np.array([model.group_index(name) for name in groups], dtype=np.int64)
 
     @torch.no_grad()
-    def _block(self, people: np.ndarray, group_b: np.ndarray, given_v: np.ndarray, seed: int) -> np.ndarray:
-        """uint8 (2 people, L): chains, memories and network go on together, site by site."""
+    def _block(
+        self, people: np.ndarray, group_b: np.ndarray, given_v: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Alleles uint8 (2 people, L), and the log-probability float64 (2 people,) of those drawn from the network: chains,
+        memories and network go on together, site by site."""
         model, network, specs, facts = self.reference, self.network, self.config.bank, self.facts
         network.eval()
         bank, rare_l = features.bank_of(model, specs), model.rare.common_l
@@ -190,7 +194,7 @@ class Transformer:
             for second in (0, 1):
                 uniform_nl[2 * at + second] = rng.random(sites, dtype=np.float32)
                 new.append(model._new_alleles(int(group_b[at]), rng))
-        made_nl = np.empty((n, sites), np.uint8)
+        made_nl, drawn_n = np.empty((n, sites), np.uint8), np.zeros(n)
         seen_n = np.full(n, 255, np.uint8)
         memory = features.Memory(n, len(specs))
         feature_nf = np.empty((n, features.width(len(specs))), np.float32)
@@ -198,12 +202,10 @@ class Transformer:
         condition_nd = network.condition(
             torch.from_numpy(np.repeat(group_b, 2)), torch.from_numpy(np.tile(given_v, (n, 1)))
         )
-        state, bank_state = network.begin(n), chains.start(bank, model.k, n)
+        state, bank_state = network.begin(condition_nd), chains.start(bank, model.k, n)
         for site in range(sites):
             logit_nc, donors_nc = features.foretold_next(bank, specs, model, site, seen_n, bank_state)
-            features.look_all(
-                logit_nc, donors_nc, memory.running_nrc, memory.last_nt, facts.fact_lf[site], feature_nf
-            )
+            features.look_all(logit_nc, donors_nc, memory.running_nrc, memory.last_nt, facts.fact_lf[site], feature_nf)
             if rare_l[site] >= 0:  # said to nobody: who carries it would be found by those who copy them
                 made_nl[:, site], seen_n = rare_l[site], np.full(n, 255, np.uint8)
             else:
@@ -213,24 +215,22 @@ class Transformer:
                 )[:, 0]  # fmt: skip
                 seen_n = (uniform_nl[:, site] < torch.sigmoid(logit_n).numpy()).astype(np.uint8)
                 made_nl[:, site] = seen_n
+                drawn_n += chains.nats(logit_n.numpy(), seen_n)
             at = site % patch
             features.learn_all(
                 logit_nc, seen_n, facts.weight_c, memory.running_nrc, memory.last_nt, residual_pn[at], nats_pnc[at]
             )
             if at == patch - 1 and site + 1 < sites:
-                token_n1d = network.tokens(
-                    torch.from_numpy(residual_pn.T.copy()), torch.from_numpy(nats_pnc.transpose(1, 0, 2).copy()),
-                    condition_nd, site + 1 - patch,
+                here = slice(site + 1 - patch, site + 1)
+                known_np = np.where(rare_l[here] >= 0, 255, made_nl[:, here]).astype(np.uint8)
+                entering = network.tokens(
+                    torch.from_numpy(centred(facts, known_np, here)), torch.from_numpy(residual_pn.T.copy()),
+                    torch.from_numpy(nats_pnc.transpose(1, 0, 2).copy()), condition_nd, here.start,
                 )  # fmt: skip
-                _, state = network.through_patches(token_n1d, state)
+                _, state = network.through_patches(*entering, state)
         for haplotype, site_r in enumerate(new):
             made_nl[haplotype, site_r] = 1 - np.maximum(rare_l[site_r], 0)
-        return made_nl
-
-
-def is_run(run_folder: str | Path) -> bool:
-    """Whether a folder holds a run of this model."""
-    return (Path(run_folder) / "reference").is_dir()
+        return made_nl, drawn_n
 
 
 def load(run_folder: str | Path) -> Transformer:
@@ -245,13 +245,13 @@ def load(run_folder: str | Path) -> Transformer:
     from engine.genomics import run_folder as folder
 
     if state["model"]["reference_sha256"] != folder.checksum(run_folder / "reference"):
-        raise CorruptRun("the panel that the network was trained on", "another", run_folder / "reference", "fitting again")
+        raise CorruptRun(
+            "the panel that the network was trained on", "another", run_folder / "reference", "fitting again"
+        )
     names = state["model"]["covariates"]
     network = new_network(
         config.network, sites=reference.n_sites, chains=len(config.bank), groups=len(reference.group_names),
         covariates=len(names), weight_c=config.weights,
     )  # fmt: skip
     checkpoint.load_strictly(network, parts["best"], run_folder)
-    return Transformer(config, reference, network.eval(), names)
-
-
+    return Transformer(config, reference, network.eval(), names, state["sha256"]["best.safetensors"])

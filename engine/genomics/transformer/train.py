@@ -29,7 +29,7 @@ from engine.errors import EngineError, UsageError
 from engine.genomics import li_stephens
 from engine.genomics.li_stephens import LiStephens
 from engine.genomics.transformer import features
-from engine.genomics.transformer.batches import Batch, Facts, batch, log_likelihood, nats, new_network, windows
+from engine.genomics.transformer.batches import Batch, Facts, batch, log_likelihood, nats, new_network
 from engine.genomics.transformer.config import TransformerConfig, dump_config, load_config
 from engine.genomics.transformer.model import HaplotypeTransformer
 from engine.kernels import bits
@@ -46,7 +46,7 @@ JUDGED_TOGETHER = 32  # haplotypes
 
 @dataclass(frozen=True)
 class Data:
-    """Training haplotypes: `stored` predictions, target_nl uint8, group_n int64, covariate_nv, and which rows learn and judge."""
+    """Training haplotypes: `stored` predictions, target_nl uint8, group_n int64, covariate_nv; which rows learn and judge."""
 
     facts: Facts
     stored: features.Stored
@@ -123,7 +123,9 @@ def train(
 
         distributed.by_main(accelerator, prepare)  # minutes for a chromosome; the others find it on disk
         model = li_stephens.load(out / "reference")
-        names, value_sv = ([], np.zeros((len(model.samples.ids), 0), np.float32)) if covariates is None else covariates(model)
+        names, value_sv = (
+            ([], np.zeros((len(model.samples.ids), 0), np.float32)) if covariates is None else covariates(model)
+        )
         data = _data(config, model, out, value_sv)
         log.event("data", haplotypes=model.k, sites=model.n_sites, chains=len(config.bank), held_out=len(data.judge))
         log.event(
@@ -139,8 +141,11 @@ def train(
         network = new_network(
             config.network, sites=model.n_sites, chains=len(config.bank), groups=data.groups, covariates=len(names),
             weight_c=config.weights,
-        ).to(accelerator.device)  # fmt: skip
-        judge = _train(run, config, network, data, parts, state)
+        )  # fmt: skip
+        if not state:
+            vector_ld = components(data.target_nl[data.learn], data.facts.share_l, config.network.width, config.seed)
+            network.site_in.data[: model.n_sites] += torch.from_numpy(vector_ld)
+        judge = _train(run, config, network.to(accelerator.device), data, parts, state)
         summary = {
             "run": str(out), "model": "transformer", "haplotypes": model.k, "sites": model.n_sites,
             "groups": dict(zip(model.group_names, np.bincount(model.group_of_haplotype_k).tolist())),
@@ -169,7 +174,8 @@ def _train(
     if state:
         checkpoint.load_strictly(network, parts["network"], run.out)
     wrapped = distributed.distribute(network, "ddp", run.accelerator)
-    optimizer: Any = torch.optim.AdamW(_parameter_groups(network, budget.weight_decay), lr=budget.learning_rate, betas=(0.9, 0.99))
+    groups = _parameter_groups(network, budget.weight_decay)
+    optimizer: Any = torch.optim.AdamW(groups, lr=budget.learning_rate, betas=(0.9, 0.99))
     ema = Ema(network, budget.ema_decay)
     judge = Judge({name: tensor.detach().clone() for name, tensor in network.state_dict().items()})
     if state:
@@ -190,7 +196,9 @@ def _train(
         made = []
         for share in run.shares("transformer", step, budget.batch_size, len(data.learn)):
             draws = [seeding.generator(config.seed, "genomics.condition", p).random() for p in share.positions]
-            made.append((share, data.batch(data.learn[share.indices].tolist(), np.array(draws) < budget.condition_drop)))
+            made.append(
+                (share, data.batch(data.learn[share.indices].tolist(), np.array(draws) < budget.condition_drop))
+            )
         return made
 
     def enough() -> bool:
@@ -247,8 +255,8 @@ def _backward(run: Loop, wrapped: Any, share: Share, whole: Batch, window: int, 
         with run.exchange(wrapped, part):
             with run.autocast():
                 logits, after = wrapped(
-                    whole.logit_blc[:, cut], whole.features_blf[:, cut], whole.residual_bl[:, cut],
-                    whole.nats_blc[:, cut], (whole.group_b, whole.covariate_bv), first, state,
+                    whole.logit_blc[:, cut], whole.features_blf[:, cut], whole.centred_bl[:, cut],
+                    whole.residual_bl[:, cut], whole.nats_blc[:, cut], (whole.group_b, whole.covariate_bv), first, state,
                 )  # fmt: skip
             loss = -nats(logits.float(), whole.allele_bl[:, cut], whole.known_bl[:, cut]).sum() / (haplotypes * sites)
             run.backward(loss, part, {})
@@ -317,7 +325,7 @@ def _data(config: TransformerConfig, model: LiStephens, out: Path, value_sv: np.
     known_sv = np.isfinite(value_sv)
     covariate_sv = np.concatenate([np.where(known_sv, value_sv, 0.0), known_sv], axis=1).astype(np.float32)
     return Data(
-        Facts(np.array(config.weights, np.float32), features.facts(model), config.network.patch),
+        facts_of(config, model),
         features.Stored(out / "cache"),
         bits.unpack(bits.transpose(model.bits_lw, model.k), model.n_sites),
         model.group_of_haplotype_k.astype(np.int64),
@@ -326,6 +334,32 @@ def _data(config: TransformerConfig, model: LiStephens, out: Path, value_sv: np.
         np.flatnonzero(~held_k),
         np.flatnonzero(held_k),
     )
+
+
+def facts_of(config: TransformerConfig, model: LiStephens) -> Facts:
+    """What the batches of a model share."""
+    share_l = bits.popcount_rows(model.bits_lw) / model.k
+    return Facts(
+        np.array(config.weights, np.float32), share_l.astype(np.float32), features.facts(model), config.network.patch
+    )
+
+
+def components(target_nl: np.ndarray, share_l: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """float32 (L, count): vectors whose sum, times (allele - frequency), over a haplotype is its place on the principal
+    components of the panel, deviation 1 each; by three rounds of subspace iteration on standardised alleles."""
+    deviation_l = np.sqrt(share_l * (1 - share_l)) + 0.05
+    standard_nl = ((target_nl - share_l) / deviation_l).astype(np.float32)
+    count_here = min(count, *standard_nl.shape)
+    draw = seeding.generator(seed, "genomics.components")
+    basis = draw.standard_normal((standard_nl.shape[1], count_here)).astype(np.float32)
+    for _ in range(3):
+        basis, _ = np.linalg.qr(standard_nl.T @ (standard_nl @ basis))
+    place_nd = standard_nl @ basis
+    _, size, turn = np.linalg.svd(place_nd, full_matrices=False)
+    vector_ld = basis @ turn.T * (np.sqrt(len(target_nl)) / np.maximum(size, 1e-3 * size[0]))
+    made = np.zeros((target_nl.shape[1], count), np.float32)
+    made[:, :count_here] = vector_ld / deviation_l[:, None]
+    return made
 
 
 def _reference_sha256(out: Path) -> str:
@@ -358,7 +392,7 @@ def open_run(out: Path, config: TransformerConfig, resume: bool) -> None:
         before, now = load_config(stored).model_dump(), config.model_dump()
     except EngineError as error:
         raise UsageError("the config of a transformer run", str(error), stored) from None
-    for section in ("seed", "copying", "bank", "start", "network", "fit"):
+    for section in ("seed", "copying", "bank", "start", "network", "fit", "phenotypes"):
         if before[section] != now[section]:
             raise UsageError(f"the config this run was started with (it differs in {section})", "another", stored)
     if before["training"]["precision"] != now["training"]["precision"]:
