@@ -114,8 +114,9 @@ def _encode(
                 means.append(mean.cpu())
                 deviations.append(deviation.cpu())
         shape = (config.flow.views, len(scans.x_bcdhw), *means[0].shape[1:])
-        tensors[f"mean{_suffix(grid)}"] = torch.cat(means).view(shape)
-        tensors[f"deviation{_suffix(grid)}"] = torch.cat(deviations).view(shape)
+        # a convolution may leave channels last in memory, and cat keeps that; safetensors refuses it
+        tensors[f"mean{_suffix(grid)}"] = torch.cat(means).contiguous().view(shape)
+        tensors[f"deviation{_suffix(grid)}"] = torch.cat(deviations).contiguous().view(shape)
     autoencoder.train()
     found = [(tensors[f"mean{_suffix(g)}"], tensors[f"deviation{_suffix(g)}"]) for g in range(len(scans_g))]
     if len(found) == 1:
