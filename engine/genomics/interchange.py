@@ -1,0 +1,200 @@
+"""Who copies whom, for all haplotypes of a group at once: at every site each donor is held by exactly one slot.
+
+The compiled half of `genealogy`: arrays in, arrays out. It walks along the sites once. At the start of a contig donors are
+dealt to slots at random. At a swap two slots exchange their donors: one donor is drawn at random, the other is the one of
+`candidates` random donors whose alleles around the site differ least from its own. Where a segment has reached the longest
+permitted length the swap is forced. Alleles change where `genealogy` asks for it: as many carriers of a site's rarer allele
+lose it as others get it, or, at sites where nothing is copied, so many slots get it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+DEAL, SWAP, YOUNG, NEW = 0, 1, 2, 3  # kinds of events, in the order in which they happen at one site
+_FORCED_TRIES = 64  # times `candidates`, before a forced swap is given up
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _mixed(x: Any) -> Any:
+    """splitmix64's output function (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _below(state: Any, n: Any) -> Any:
+    """The next random integer of 0 .. n-1; `state` uint64 (1,) moves on. Bias below n / 2**32."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    return np.int64(((_mixed(state[0]) >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32))
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _ones(x: Any) -> Any:
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@numba.njit(cache=True, nogil=True)
+def _had(person: Any, donor: Any, last_p: Any, before_s: Any, donor_s: Any) -> Any:
+    """Whether a person has copied from a donor."""
+    at = last_p[person]
+    while at >= 0:
+        if donor_s[at] == donor:
+            return True
+        at = before_s[at]
+    return False
+
+
+@numba.njit(cache=True, nogil=True)
+def walk(
+    event_site_e: Any, event_kind_e: Any, event_count_e: Any, sketch_kw: Any, low_l: Any, high_l: Any, bits_lw: Any,
+    donor_k: Any, minor_l: Any, position_cm: Any, candidates: Any, longest_cm: Any, state: Any,
+) -> tuple[Any, Any, Any, Any, Any, Any]:  # fmt: skip
+    """One round of a group of K haplotypes.
+
+    Args:
+        event_site_e, event_kind_e, event_count_e: int64 (E,), by site and kind; the count of YOUNG and NEW is of slots.
+        sketch_kw: uint64 (K, words), alleles at sites that tell haplotypes apart; low_l, high_l: int32 (L,), the words
+            around each site.
+        bits_lw, minor_l: packed panel (L, words) and the rarer allele of each site, uint8 (L,).
+        donor_k: int64 (K,), where in the panel the group's haplotypes are.
+        position_cm: float64 (L,), never falling, contigs one after another.
+        longest_cm: no segment copies more, and nobody copies twice from one donor; inf for no such rule.
+        state: uint64 (1,), of the random numbers.
+
+    Returns:
+        slot, site and donor (index within the group) of each segment, int64, in the order of sites; slot
+        and site of each changed allele; forced swaps for which there was nobody.
+    """
+    k = len(donor_k)
+    bounded = longest_cm < np.inf
+    room = 4 * k + 2 * len(event_site_e)
+    slot_s, site_s = np.empty(room, np.int64), np.empty(room, np.int64)
+    donor_s, before_s = np.empty(room, np.int64), np.empty(room, np.int64)
+    flips = 0
+    for e in range(len(event_site_e)):
+        if event_kind_e[e] == YOUNG:
+            flips += 2 * event_count_e[e]
+        elif event_kind_e[e] == NEW:
+            flips += event_count_e[e]
+    flip_slot_f, flip_site_f = np.empty(flips, np.int64), np.empty(flips, np.int64)
+    holder_k, held_n = np.arange(k), np.arange(k)  # slot of a donor, donor of a slot
+    now_n, last_p = np.full(k, -1), np.full(k // 2 + 1, -1)  # a slot's last segment, a person's
+    chosen = np.empty(k, np.int64)
+    made = flipped = due = failed = e = 0
+    while True:
+        # the next thing that happens: an event, or a segment that has become too long
+        site, forced = len(position_cm), -1
+        if e < len(event_site_e):
+            site = event_site_e[e]
+        if bounded:
+            while due < made and now_n[slot_s[due]] != due:
+                due += 1
+            if due < made:
+                ends = np.searchsorted(position_cm, position_cm[site_s[due]] + longest_cm, side="right")
+                if ends < site or (ends == site and site < len(position_cm) and event_kind_e[e] != DEAL):
+                    site, forced = ends, slot_s[due]
+                    due += 1
+        if site >= len(position_cm):
+            break
+        if made + 2 * k + 2 > len(slot_s):
+            more = 2 * len(slot_s)
+            old = slot_s, site_s, donor_s, before_s
+            slot_s, site_s = np.empty(more, np.int64), np.empty(more, np.int64)
+            donor_s, before_s = np.empty(more, np.int64), np.empty(more, np.int64)
+            slot_s[:made], site_s[:made], donor_s[:made], before_s[:made] = (
+                old[0][:made], old[1][:made], old[2][:made], old[3][:made],
+            )  # fmt: skip
+        if forced < 0 and event_kind_e[e] == DEAL:
+            for i in range(k - 1, 0, -1):
+                j = _below(state, i + 1)
+                held_n[i], held_n[j] = held_n[j], held_n[i]
+            for n in range(k):
+                if bounded:  # a donor that its person has had changes places with another slot's
+                    tries = 0
+                    while tries < 8 * k and _had(n >> 1, held_n[n], last_p, before_s, donor_s):
+                        m = _below(state, k)
+                        taken = m < n and _had(m >> 1, held_n[n], last_p, before_s, donor_s)
+                        if not taken and not (m < n and m >> 1 == n >> 1):
+                            if m < n:
+                                donor_s[now_n[m]] = held_n[n]
+                            held_n[n], held_n[m] = held_n[m], held_n[n]
+                        tries += 1
+                    if tries == 8 * k:
+                        failed += 1
+                slot_s[made], site_s[made], donor_s[made], before_s[made] = n, site, held_n[n], last_p[n >> 1]
+                now_n[n] = last_p[n >> 1] = made
+                made += 1
+            for n in range(k):
+                holder_k[held_n[n]] = n
+            due = made - k
+        elif forced >= 0 or event_kind_e[e] == SWAP:
+            i = held_n[forced] if forced >= 0 else _below(state, k)
+            low, high = low_l[site], high_l[site]
+            best, j = np.int64(1) << 60, -1
+            tries = candidates if forced < 0 else _FORCED_TRIES * candidates
+            for t in range(tries):
+                if t >= candidates and j >= 0:
+                    break
+                other = _below(state, k)
+                if other == i:
+                    continue
+                differ = np.int64(0)
+                for w in range(low, high):
+                    differ += _ones(sketch_kw[i, w] ^ sketch_kw[other, w])
+                if differ >= best:
+                    continue
+                if bounded:
+                    x, y = holder_k[i] >> 1, holder_k[other] >> 1
+                    if _had(x, other, last_p, before_s, donor_s) or _had(y, i, last_p, before_s, donor_s):
+                        continue
+                best, j = differ, other
+            if j >= 0:
+                for donor, slot in ((i, holder_k[j]), (j, holder_k[i])):
+                    slot_s[made], site_s[made], donor_s[made], before_s[made] = slot, site, donor, last_p[slot >> 1]
+                    now_n[slot] = last_p[slot >> 1] = made
+                    made += 1
+                    held_n[slot] = donor
+                holder_k[i], holder_k[j] = holder_k[j], holder_k[i]
+            elif forced >= 0:
+                failed += 1
+        elif event_kind_e[e] == NEW:
+            for c in range(event_count_e[e]):
+                slot = _unchosen(state, k, chosen, c)
+                flip_slot_f[flipped], flip_site_f[flipped] = slot, site
+                flipped += 1
+        else:
+            for c in range(2 * event_count_e[e]):  # carriers and others in turn
+                wanted = minor_l[site] if c % 2 == 0 else 1 - minor_l[site]
+                while True:
+                    i = _unchosen(state, k, chosen, c)
+                    at = donor_k[i]
+                    if (bits_lw[site, at >> 6] >> np.uint64(at & 63)) & np.uint64(1) == wanted:
+                        break
+                flip_slot_f[flipped], flip_site_f[flipped] = holder_k[i], site
+                flipped += 1
+        if forced < 0:
+            e += 1
+    return slot_s[:made], site_s[:made], donor_s[:made], flip_slot_f, flip_site_f, failed
+
+
+@numba.njit(cache=True, nogil=True)
+def _unchosen(state: Any, k: Any, chosen: Any, count: Any) -> Any:
+    """A random integer of 0 .. k-1 that is not among the `count` ones chosen; it is noted as the next of them."""
+    while True:
+        i = _below(state, k)
+        new = True
+        for c in range(count):
+            if chosen[c] == i:
+                new = False
+                break
+        if new:
+            chosen[count] = i
+            return i
