@@ -16,11 +16,13 @@ are unresolved, but recombination is never impossible.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -32,6 +34,9 @@ from engine.files.genotypes import haplotype_index
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
 from engine.kernels import bits, haplotype_hmm
+
+if TYPE_CHECKING:
+    from engine.genomics.genealogy import Genealogy, Tables
 
 LEAST_SWITCH = 1e-12
 Progress = Callable[[int, int], None]  # (done, total)
@@ -47,6 +52,13 @@ class LiStephensConfig(BaseModel):
         per_group: sample within groups; False pools the panel as one group named "all".
         min_carriers: an allele that fewer reference people carry is not copied (it would say who was in the panel) but
             arises anew, in people and at sites of its kind at random, as often as in the panel; 1 copies all.
+        sampler: "interchange": whole rounds in which every donor is copied once everywhere (`genealogy`); "independent": the
+            chain of the model run forward, each haplotype by itself.
+        switching: of the interchange sampler: swaps as a multiple of the rate at which synthetic haplotypes share stretches
+            as long as real ones do; below 1 longer pieces, above shorter ones.
+        candidates: haplotypes among which a swap partner is the nearest; 1 swaps at random.
+        reach: how far around a swap haplotypes are compared, in mean pieces.
+        max_donor_cm: the most that is copied from a donor into one person, in one piece; None for no such bound.
         seed: seed of sampling where the caller names none.
     """
 
@@ -57,6 +69,11 @@ class LiStephensConfig(BaseModel):
     mismatch: float = Field(default=2e-4, ge=0, lt=0.5)
     per_group: bool = True
     min_carriers: int = Field(default=2, ge=1)
+    sampler: Literal["interchange", "independent"] = "interchange"
+    switching: float = Field(default=1.0, gt=0)
+    candidates: int = Field(default=32, ge=1)
+    reach: float = Field(default=4.0, gt=0)
+    max_donor_cm: float | None = Field(default=None, gt=0)
     seed: int = 0
 
 
@@ -152,6 +169,7 @@ class LiStephens:
         group_names: names in order of first appearance; ["all"] where the model does not tell groups apart.
         group_of_haplotype_k: int32 (K,), index into group_names.
         warnings: what had to be assumed, one sentence each; shown with every result.
+        genealogy_learned: what the panel shows of its past; None learns it when it is first needed (`genealogy`).
     """
 
     config: LiStephensConfig
@@ -165,6 +183,7 @@ class LiStephens:
     group_names: list[str]
     group_of_haplotype_k: np.ndarray
     warnings: list[str] = field(default_factory=list)
+    genealogy_learned: Genealogy | None = None
 
     @property
     def k(self) -> int:
@@ -198,6 +217,24 @@ class LiStephens:
             hint = f"'{folded[near[0]]}'" if near else closest(name, self.group_names)
             raise UsageError("a group of the model", f"'{name}'", "group", hint)
         return self.group_names.index(name)
+
+    @cached_property
+    def genealogy(self) -> Genealogy:
+        """What the panel shows of its past, for the interchange sampler."""
+        from engine.genomics import genealogy
+
+        return self.genealogy_learned or genealogy.learn(self)
+
+    @cached_property
+    def genealogy_tables(self) -> Tables:
+        from engine.genomics import genealogy
+
+        return genealogy.tables(self)
+
+    @cached_property
+    def rounds_held(self) -> OrderedDict[Any, Paths]:
+        """The rounds drawn last."""
+        return OrderedDict()
 
     @cached_property
     def rare(self) -> Rare:
@@ -238,7 +275,8 @@ class LiStephens:
     ) -> tuple[Paths, np.ndarray]:
         """Copying paths of people start .. start+n-1, two haplotypes each, and the group of each person.
 
-        Person k's path depends on the model, `seed`, k and the group asked for, and on nothing else.
+        Person k's path depends on the model, `seed`, k and the group asked for, and on nothing else. With the interchange
+        sampler a person is part of a round as large as the panel, which is drawn whole.
 
         Args:
             groups: None draws each person's group by the panel's proportions; one name for all; or n names.
@@ -251,6 +289,12 @@ class LiStephens:
         """
         if n < 0 or start < 0:
             raise UsageError("n >= 0 and start >= 0", f"{n} and {start}", "sample")
+        if groups is not None and not isinstance(groups, str) and len(groups) != n:
+            raise UsageError(f"one group for each of {n} people", f"{len(groups)}", "sample")
+        if self.config.sampler == "interchange":
+            from engine.genomics import genealogy
+
+            return genealogy.paths(self, n, groups, seed, start, progress)
         if groups is None:
             cumulative_g = np.cumsum(self.group_proportions())
             drawn = [seeding.generator(seed, "genomics.li_stephens.group", k).random() for k in range(start, start + n)]
@@ -258,8 +302,6 @@ class LiStephens:
         elif isinstance(groups, str):
             group_n = np.full(n, self.group_index(groups), dtype=np.int64)
         else:
-            if len(groups) != n:
-                raise UsageError(f"one group for each of {n} people", f"{len(groups)}", "sample")
             group_n = np.array([self.group_index(name) for name in groups], dtype=np.int64)
 
         contig_start = np.flatnonzero(np.isinf(self.distance_l))

@@ -20,6 +20,7 @@ from engine import atomic, provenance
 from engine.errors import CorruptRun, EngineError
 
 if TYPE_CHECKING:
+    from engine.genomics.genealogy import Genealogy
     from engine.genomics.li_stephens import LiStephens
 
 SCHEMA = "engine.li_stephens/1"
@@ -52,6 +53,8 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
         "schema": SCHEMA, "contig_length": model.contig_length, "assembly": model.assembly,
         "group_names": model.group_names, "warnings": model.warnings,
     }  # fmt: skip
+    if model.config.sampler == "interchange":
+        settings["genealogy"] = model.genealogy.to_json()
     config = model.config.model_dump()
     with atomic.atomic_folder(run_folder) as folder:
         checkpoint = folder / _CHECKPOINT
@@ -87,7 +90,7 @@ def load(run_folder: str | Path) -> LiStephens:
             got = "another" if path.is_file() else "no such file"
             raise CorruptRun("the checksum recorded when it was written", got, path, "fitting again")
     settings = _read_json(checkpoint / "model.json")
-    _check_keys(set(settings), set(_SETTINGS), set(), checkpoint / "model.json")
+    _check_keys(set(settings), set(_SETTINGS), {"genealogy"}, checkpoint / "model.json")
     if settings["schema"] != SCHEMA:
         raise CorruptRun(SCHEMA, str(settings["schema"]), checkpoint / "model.json", "the engine version that wrote it")
     try:
@@ -115,8 +118,17 @@ def load(run_folder: str | Path) -> LiStephens:
     return LiStephens(
         config, tensors["bits_lw"], sites, samples, settings["contig_length"], settings["assembly"],
         tensors["distance_l"], tensors["mismatch_l"], settings["group_names"], tensors["group_of_haplotype_k"],
-        settings["warnings"],
+        settings["warnings"], _genealogy(settings.get("genealogy"), checkpoint / "model.json"),
     )  # fmt: skip
+
+
+def _genealogy(values: Any, path: Path) -> Genealogy | None:
+    from engine.genomics.genealogy import Genealogy
+
+    try:
+        return None if values is None else Genealogy(**values)
+    except TypeError as error:
+        raise CorruptRun("what the panel shows of its past", str(error), path) from None
 
 
 def checksum(run_folder: str | Path) -> str:

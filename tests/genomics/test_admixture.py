@@ -40,7 +40,7 @@ def panel(people_each: int = 12, cm: float = 200.0):
 
 @pytest.fixture(scope="module")
 def model():
-    return fit(panel(), LiStephensConfig(ne=50, mismatch=0.0, min_carriers=1))
+    return fit(panel(), LiStephensConfig(ne=50, mismatch=0.0, min_carriers=1, sampler="independent"))
 
 
 def inner_lengths(tracts, sources):
@@ -144,7 +144,7 @@ def test_each_tract_is_a_mosaic_of_its_source(model):
 
 def test_whoever_is_copied_after_a_break_does_not_depend_on_before(model):
     """One source, few switches of its own: at a break the donor is drawn anew, equal by chance once in K."""
-    slow = fit(panel(), LiStephensConfig(ne=1e-6, mismatch=0.0, min_carriers=1))
+    slow = fit(panel(), LiStephensConfig(ne=1e-6, mismatch=0.0, min_carriers=1, sampler="independent"))
     paths, tracts = admixture.paths(slow, [Pulse(30, {"A": 1.0})], 60, seed=1)
     same = total = 0
     for n in range(120):

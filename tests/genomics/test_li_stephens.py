@@ -117,7 +117,7 @@ def test_person_k_depends_on_model_seed_and_k_only():
 def test_paths_follow_their_law():
     """Switches, donors and flips have the probabilities that the model states, within five standard errors."""
     panel = small_panel(people=30, sites=40)
-    model = fit(panel, LiStephensConfig(ne=60_000, mismatch=0.02))
+    model = fit(panel, LiStephensConfig(ne=60_000, mismatch=0.02, sampler="independent"))
     people = 3_000
     paths, group_n = model.paths(people, groups="south", seed=1)
     assert (group_n == model.group_names.index("south")).all()
@@ -142,9 +142,10 @@ def test_samples_copy_only_donors_of_their_group_and_flip_at_the_stated_rate():
     alleles_ln = np.zeros((64, 48), np.uint8)
     alleles_ln[:, 16:] = 1  # north is all REF, south all ALT
     panel = replace(panel, bits_lw=panel_from_alleles(alleles_ln, np.arange(64) + 1, "1", panel.samples.ids).bits_lw)
-    made = fit(replace(panel, sites=replace(panel.sites, position_cm=None)), LiStephensConfig(mismatch=0.01)).sample(
-        500
-    )
+    made = fit(
+        replace(panel, sites=replace(panel.sites, position_cm=None)),
+        LiStephensConfig(mismatch=0.01, sampler="independent"),
+    ).sample(500)
     share = {group: made.alleles_nl()[index].mean() for group, index in made.groups().items()}
     assert share["north"] == pytest.approx(0.01, abs=0.004)
     assert share["south"] == pytest.approx(0.99, abs=0.004)
@@ -159,7 +160,10 @@ def test_split_multiallelics_are_not_inverted():
     panel = small_panel(people=20, sites=40)
     alt_index = np.zeros(40, np.int16)
     alt_index[[4, 5]] = 1, 2
-    model = fit(replace(panel, sites=replace(panel.sites, alt_index=alt_index)), LiStephensConfig(mismatch=0.3))
+    model = fit(
+        replace(panel, sites=replace(panel.sites, alt_index=alt_index)),
+        LiStephensConfig(mismatch=0.3, sampler="independent"),
+    )
     paths, _ = model.paths(200)
     hit = np.bincount(paths.flip_site_f, minlength=40)
     assert hit[4] == hit[5] == 0
@@ -217,7 +221,7 @@ def test_what_one_person_carries_arises_anew_and_is_not_copied():
 
 def test_rare_alleles_are_copied_where_that_is_asked_for_and_split_sites_get_none():
     panel = private_panel()
-    copied = fit(panel, LiStephensConfig(ne=10_000, mismatch=0.0, min_carriers=1))
+    copied = fit(panel, LiStephensConfig(ne=10_000, mismatch=0.0, min_carriers=1, sampler="independent"))
     assert (copied.rare.common_l == -1).all()
     paths, _ = copied.paths(50, seed=1)
     donor_ln = np.stack([donors_at(paths, site, 100) for site in range(panel.n_sites)])
