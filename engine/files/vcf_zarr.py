@@ -1,8 +1,8 @@
 """VCF-Zarr 0.4: a folder .vcz of chunked, compressed arrays (Zarr format 2), in and out.
 
 Genotypes are written chunk file by chunk file with numcodecs, as parts come; zarr-python lays down everything else when all
-are there. A call is phased by the fill value of `call_genotype_phased`, so that this array takes no room. Source: VCF Zarr
-specification 0.4 (https://github.com/sgkit-dev/vcf-zarr-spec); Zarr specification version 2.
+are there. A call is phased by the fill value of `call_genotype_phased`, so that this array takes no room but where calls are
+missing. Source: VCF Zarr specification 0.4 (https://github.com/sgkit-dev/vcf-zarr-spec); Zarr specification version 2.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from engine.files import genotypes, vcf_write
 from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.kernels import bits
 
-VARIANTS, SAMPLES = 1000, 10_000  # of a chunk, as bio2zarr's
+VARIANTS, SAMPLES = 1000, 10_000  # of a chunk at most, as bio2zarr's
 _LEVEL = 5  # of zstd, behind blosc's bit shuffle
-_COUNTS = "counts.npy"
+_COUNTS, _PHASED = "counts.npy", "phased-"
 _MISSING_FLOAT = np.array(0x7F800001, dtype="<u4").view("<f4")
 _FILL_FLOAT = np.array(0x7F800002, dtype="<u4").view("<f4")
 
@@ -50,7 +50,7 @@ def write_part(path: str | Path, layout: Layout, blocks: Iterable[Block], place:
     """Write a folder `place` of chunk files and counts; the first record of every block but the last part's end must be a
     multiple of VARIANTS.
     """
-    ploidy = _ploidy(layout.head)
+    ploidy, wide = _ploidy(layout.head), _chunk_samples(layout.head)
     codec = _codec()
     counted: list[np.ndarray] = []
     threads = numba.get_num_threads()
@@ -59,11 +59,14 @@ def write_part(path: str | Path, layout: Layout, blocks: Iterable[Block], place:
             for at in range(0, len(block.start_r) - 1, VARIANTS):
                 start_v = block.start_r[at : at + VARIANTS + 1]
                 chunk = (block.first_record + at) // VARIANTS
-                samples = range(0, len(layout.head.sample_ids), SAMPLES)
+                samples = range(0, len(layout.head.sample_ids), wide)
 
                 def write(first: int, start_v: np.ndarray = start_v, chunk: int = chunk, block: Block = block) -> None:
-                    call_vsp = _calls(block.data, start_v, first, first + SAMPLES, ploidy)
-                    (folder / f"{chunk}.{first // SAMPLES}.0").write_bytes(codec.encode(call_vsp))
+                    call_vsp = _calls(block.data, start_v, first, wide, ploidy)
+                    (folder / f"{chunk}.{first // wide}.0").write_bytes(codec.encode(call_vsp))
+                    unphased_vs = (call_vsp < 0).all(axis=2)  # what is missing as a whole has no phase, as in VCF
+                    if layout.head.phased and block.data.missing_lw is not None and unphased_vs.any():
+                        (folder / f"{_PHASED}{chunk}.{first // wide}").write_bytes(codec.encode(~unphased_vs))
 
                 for _ in pool.map(write, samples):
                     pass
@@ -81,9 +84,13 @@ def _ploidy(head: GenotypeData) -> int:
     return 2 if head.n_haplotypes > len(head.sample_ids) else 1
 
 
-def _calls(data: GenotypeData, start_v: np.ndarray, first: int, stop: int, ploidy: int) -> np.ndarray:
-    """int8 (VARIANTS, SAMPLES, ploidy) of samples first .. stop-1; what lies beyond the records or the samples is -1."""
-    stop = min(stop, len(data.sample_ids))
+def _chunk_samples(head: GenotypeData) -> int:
+    return min(SAMPLES, len(head.sample_ids))
+
+
+def _calls(data: GenotypeData, start_v: np.ndarray, first: int, wide: int, ploidy: int) -> np.ndarray:
+    """int8 (VARIANTS, wide, ploidy) of samples from `first` on; what lies beyond the records or the samples is -1."""
+    stop = min(first + wide, len(data.sample_ids))
     low, high = int(data.haplotypes_of_sample[first]), int(data.haplotypes_of_sample[stop])
     head_v, rows = start_v[:-1], slice(int(start_v[0]), int(start_v[-1]))
     words = slice(low // 64, (high + 63) // 64)
@@ -101,7 +108,7 @@ def _calls(data: GenotypeData, start_v: np.ndarray, first: int, stop: int, ploid
             allele_vn[v] += bits_rn[row - rows.start].view(np.int8) * np.int8(row - int(start_v[v]) + 1)
     if data.missing_lw is not None:
         allele_vn[columns(data.missing_lw[head_v][:, words]).astype(bool)] = -1
-    made_vsp = np.full((VARIANTS, SAMPLES, ploidy), -1, dtype=np.int8)
+    made_vsp = np.full((VARIANTS, wide, ploidy), -1, dtype=np.int8)
     own_n = data.haplotypes_of_sample[first : stop + 1] - low
     if own_n[-1] == ploidy * (stop - first):
         made_vsp[: len(head_v), : stop - first] = allele_vn.reshape(len(head_v), stop - first, ploidy)
@@ -139,9 +146,10 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         def add(name: str, values: Any, dimensions: list[str], kind: str | None = None) -> None:
             values = np.asarray(values, dtype=np.dtypes.StringDType() if kind == "str" else kind)
             shape = tuple(max(1, size) for size in values.shape)
-            chunk = VARIANTS if dimensions[0] == "variants" else SAMPLES if dimensions[0] == "samples" else shape[0]
+            # as those of call_genotype, or vcztools does not read the store
+            chunk = {"variants": VARIANTS, "samples": _chunk_samples(head)}.get(dimensions[0], shape[0])
             array = root.create_array(
-                name, shape=values.shape, chunks=(min(chunk, shape[0]), *shape[1:]), dtype=values.dtype,
+                name, shape=values.shape, chunks=(chunk, *shape[1:]), dtype=values.dtype,
                 filters=[VLenUTF8()] if kind == "str" else None, compressors=[codec], fill_value=None,
             )  # fmt: skip
             array[...] = values
@@ -165,7 +173,7 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         add("filter_id", ["PASS"], ["filters"], "str")
         add("filter_description", ["All filters passed"], ["filters"], "str")
         _add_variants(add, layout, contigs, np.concatenate([np.load(place / _COUNTS) for place in places], axis=1))
-        shape, chunks = (records, samples, ploidy), (VARIANTS, SAMPLES, ploidy)
+        shape, chunks = (records, samples, ploidy), (VARIANTS, _chunk_samples(head), ploidy)
         root.create_array(
             "call_genotype", shape=shape, chunks=chunks, dtype="i1", compressors=[codec], filters=None, fill_value=-1,
             chunk_key_encoding={"name": "v2", "separator": "."},
@@ -178,7 +186,9 @@ def join_parts(path: str | Path, layout: Layout, places: Sequence[Path]) -> None
         phased.attrs["_ARRAY_DIMENSIONS"] = ["variants", "samples"]
         for place in places:
             for chunk in place.iterdir():
-                if chunk.name != _COUNTS:
+                if chunk.name.startswith(_PHASED):
+                    os.link(chunk, folder / "call_genotype_phased" / chunk.name.removeprefix(_PHASED))
+                elif chunk.name != _COUNTS:
                     os.link(chunk, folder / "call_genotype" / chunk.name)
         zarr.consolidate_metadata(folder, zarr_format=2)
 
