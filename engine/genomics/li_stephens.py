@@ -8,17 +8,18 @@ are in `engine.kernels.haplotype_hmm`.
 Conventions. With d_l the genetic distance in Morgans between site l-1 and l and K the number of haplotypes that may be
 copied, the probability of a switch is r_l = 1 - exp(-4 Ne d_l / K) (Li and Stephens, Genetics 165:2213, 2003, equation
 A1), after which the donor is uniform over the K, the last one included; an allele is copied wrongly with probability
-`mismatch`. Sampling copies within a group and K counts the haplotypes of that group; scoring copies from all groups and
-K counts all. What only one person carries is not copied, and arises anew elsewhere (`min_carriers`); scoring knows of
-no such rule. Contigs are unlinked. A distance of 0 still leaves a switch probability of 1e-12: maps are flat where they
-are unresolved, but recombination is never impossible.
+`mismatch`. With `learn_rounds` the panel itself corrects both at each site (`engine.genomics.rates`). Sampling copies
+within a group and K counts the haplotypes of that group; scoring copies from all groups and K counts all. What only one
+person carries is not copied, and arises anew elsewhere (`min_carriers`); scoring knows of no such rule. Contigs are
+unlinked. A distance of 0 still leaves a switch probability of 1e-12: maps are flat where they are unresolved, but
+recombination is never impossible.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine import seeding
 from engine.errors import InputError, UsageError, closest
 from engine.files.genotypes import haplotype_index
+from engine.genomics import rates
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
 from engine.kernels import bits, haplotype_hmm
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from engine.genomics.genealogy import Genealogy, Tables
 
 LEAST_SWITCH = 1e-12
+MOST_SWITCH = 1 - 1e-9  # within a contig, of what is learned
+LEAST_MISMATCH = 1e-9  # from which learning can rise
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -59,6 +63,10 @@ class LiStephensConfig(BaseModel):
         candidates: haplotypes among which a swap partner is the nearest; 1 swaps at random.
         reach: how far around a swap haplotypes are compared, in mean pieces.
         max_donor_cm: the most that is copied from a donor into one person, in one piece; None for no such bound.
+        learn_rounds: rounds of expectation maximisation that correct switches and mismatches at each site, by the panel's
+            own people; 0 keeps the map and `mismatch` as they are.
+        learn_people: people counted in a round.
+        learn_prior: how many haplotypes the map and `mismatch` weigh as much as, at each site.
         seed: seed of sampling where the caller names none.
     """
 
@@ -74,6 +82,9 @@ class LiStephensConfig(BaseModel):
     candidates: int = Field(default=32, ge=1)
     reach: float = Field(default=4.0, gt=0)
     max_donor_cm: float | None = Field(default=None, gt=0)
+    learn_rounds: int = Field(default=0, ge=0)
+    learn_people: int = Field(default=250, ge=1)
+    learn_prior: float = Field(default=150.0, gt=0)
     seed: int = 0
 
 
@@ -165,11 +176,13 @@ class LiStephens:
         bits_lw: uint64 (L, ceil(K/64)), the reference panel.
         sites, samples, contig_length, assembly: of the reference panel.
         distance_l: float64 (L,), Morgans from the site before; +inf at the first site of a contig.
-        mismatch_l: float64 (L,), copying error per site.
+        mismatch_l: float64 (L,), copying error per site, learned where the config says so.
         group_names: names in order of first appearance; ["all"] where the model does not tell groups apart.
         group_of_haplotype_k: int32 (K,), index into group_names.
         warnings: what had to be assumed, one sentence each; shown with every result.
         genealogy_learned: what the panel shows of its past; None learns it when it is first needed (`genealogy`).
+        learned_l: float64 (L,), the Morgans that the panel's own switches tell, in place of `distance_l` for copying; +inf at
+            the first site of a contig. None where the map is used as it is.
     """
 
     config: LiStephensConfig
@@ -184,6 +197,7 @@ class LiStephens:
     group_of_haplotype_k: np.ndarray
     warnings: list[str] = field(default_factory=list)
     genealogy_learned: Genealogy | None = None
+    learned_l: np.ndarray | None = None
 
     @property
     def k(self) -> int:
@@ -195,8 +209,10 @@ class LiStephens:
         return len(self.distance_l)
 
     def hazard_l(self, ne: float, k: int) -> np.ndarray:
-        """float64 (L,): expected switches between site l-1 and l, 4 Ne d_l / K; 0 at the first site of a contig."""
-        return np.where(np.isfinite(self.distance_l), 4 * ne * self.distance_l / k, 0.0)
+        """float64 (L,): expected switches between site l-1 and l, 4 Ne d_l / K, d_l learned where it was; 0 at the first
+        site of a contig."""
+        morgans_l = self.distance_l if self.learned_l is None else self.learned_l
+        return np.where(np.isfinite(self.distance_l), 4 * ne * morgans_l / k, 0.0)
 
     def switch_l(self) -> np.ndarray:
         """float64 (L,): switch probabilities of scoring, over all K haplotypes; 1 at the first site of a contig."""
@@ -476,8 +492,10 @@ def load(run_folder: str | Path) -> LiStephens:
     return folder.load(run_folder)
 
 
-def fit(panel: HaplotypePanel, config: LiStephensConfig | None = None) -> LiStephens:
-    """The copying model over `panel`, with its map, groups and settings.
+def fit(
+    panel: HaplotypePanel, config: LiStephensConfig | None = None, *, progress: Progress | None = None
+) -> LiStephens:
+    """The copying model over `panel`, with its map, groups and settings, and with rates learned where they say so.
 
     Raises:
         InputError: the panel is unphased, has missing alleles, is empty, or its genetic positions fall.
@@ -522,10 +540,26 @@ def fit(panel: HaplotypePanel, config: LiStephensConfig | None = None) -> LiStep
     for g, name in enumerate(group_names):
         if (count := int((group_k == g).sum())) < 20:
             warnings.append(f"group '{name}' has {count} haplotypes: mosaics are close copies of few people")
-    return LiStephens(
+    model = LiStephens(
         config, panel.bits_lw, panel.sites, panel.samples, dict(panel.contig_length), panel.assembly, distance_l,
         np.full(panel.n_sites, config.mismatch), group_names, group_k, warnings,
     )  # fmt: skip
+    return _with_learned_rates(model, progress) if config.learn_rounds else model
+
+
+def _with_learned_rates(model: LiStephens, progress: Progress | None) -> LiStephens:
+    """The model with the rates that its own people tell, each left out in turn."""
+    config = model.config
+    if model.k - np.diff(model.samples.first_haplotype).max() < 1:
+        raise InputError("people of whom one can be left out", f"{len(model.samples.ids)}", "fit", "learn_rounds=0")
+    learned = rates.learn(
+        model.bits_lw, model.k, model.samples.first_haplotype, model.switch_l(),
+        np.maximum(model.mismatch_l, LEAST_MISMATCH), rounds=config.learn_rounds, people=config.learn_people,
+        prior=config.learn_prior, seed=config.seed, progress=progress,
+    )  # fmt: skip
+    hazard_l = -np.log1p(-np.minimum(learned.switch_l, MOST_SWITCH))
+    learned_l = np.where(np.isfinite(model.distance_l), hazard_l * model.k / (4 * config.ne), np.inf)
+    return replace(model, mismatch_l=learned.mismatch_l, learned_l=learned_l)
 
 
 def _arrivals(cumulative_l: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -536,7 +570,9 @@ def _arrivals(cumulative_l: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
     total = cumulative_l[-1]
     points = rng.random(rng.poisson(total)) * total
-    return np.unique(np.minimum(np.searchsorted(cumulative_l, points, side="right"), len(cumulative_l) - 1))
+    points.sort()  # searched for in order they are found in a fraction of the time: the table does not fit the cache
+    hits = np.minimum(np.searchsorted(cumulative_l, points, side="right"), len(cumulative_l) - 1)
+    return hits[np.diff(hits, prepend=-1) > 0]
 
 
 def _offsets(parts: list[np.ndarray]) -> np.ndarray:

@@ -30,7 +30,7 @@ _TENSORS = {
     "mismatch_l": np.float64, "group_of_haplotype_k": np.int32, "first_haplotype": np.int64, "contig": np.uint8,
     "id": np.uint8, "ref": np.uint8, "alt": np.uint8, "sample_ids": np.uint8,
 }  # fmt: skip
-_OPTIONAL = {"position_cm": np.float64, "sample_group": np.uint8, "sample_sex": np.uint8}
+_OPTIONAL = {"learned_l": np.float64, "position_cm": np.float64, "sample_group": np.uint8, "sample_sex": np.uint8}
 _SETTINGS = ("schema", "contig_length", "assembly", "group_names", "warnings")
 
 
@@ -45,6 +45,8 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
     }  # fmt: skip
     if model.sites.position_cm is not None:
         tensors["position_cm"] = model.sites.position_cm
+    if model.learned_l is not None:
+        tensors["learned_l"] = model.learned_l
     if model.samples.group is not None:
         tensors["sample_group"] = _text(model.samples.group)
     if model.samples.sex is not None:
@@ -118,7 +120,7 @@ def load(run_folder: str | Path) -> LiStephens:
     return LiStephens(
         config, tensors["bits_lw"], sites, samples, settings["contig_length"], settings["assembly"],
         tensors["distance_l"], tensors["mismatch_l"], settings["group_names"], tensors["group_of_haplotype_k"],
-        settings["warnings"], _genealogy(settings.get("genealogy"), checkpoint / "model.json"),
+        settings["warnings"], _genealogy(settings.get("genealogy"), checkpoint / "model.json"), tensors.get("learned_l"),
     )  # fmt: skip
 
 
