@@ -56,6 +56,7 @@ class FitConfig(_Section):
     condition_drop: float = Field(0.5, ge=0, le=1, description="share of haplotypes whose group is hidden")
     window: int = Field(256, ge=1, description="patches that are computed at once; the state is carried on")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of the people who judge and are not learned from")
+    people: int | None = Field(None, ge=2, description="take part at most, drawn at random; null: all of the panel")
     judge_every_steps: int = Field(100, ge=1)
     patience: int = Field(5, ge=1, description="judgements without a better one that end the training")
 

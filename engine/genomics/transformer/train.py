@@ -67,15 +67,22 @@ class Data:
 
 @dataclass
 class Judge:
-    """The best average so far on held-out people, and how many judgements ago it was found."""
+    """The best average so far on held-out people, and how many judgements ago it was found, which the main process knows;
+    `looked`, the step of the last judgement, all know."""
 
     best: dict[str, torch.Tensor]
     nats: float = -math.inf
     step: int = 0
     since: int = 0
+    looked: int = -1
 
     def record(self) -> dict[str, Any]:
-        return {"nats": None if math.isinf(self.nats) else self.nats, "step": self.step, "since": self.since}
+        return {
+            "nats": None if math.isinf(self.nats) else self.nats,
+            "step": self.step,
+            "since": self.since,
+            "looked": self.looked,
+        }
 
 
 def train(
@@ -216,15 +223,14 @@ def _train(
             run.log.event("judged", step=clock.step, held_out_nats=found, best=judge.nats)
             return float(judge.since >= budget.patience)
 
+        judge.looked = clock.step
         stop = torch.tensor([distributed.by_main(run.accelerator, look) or 0.0], device=device)
         return bool(run.accelerator.reduce(stop, reduction="sum").item() > 0)
 
     network.train()
+    over = judge.since >= budget.patience  # resumed after the judgement that ended it; the same on all ranks
     with Ahead(make) as coming:
-        while not (ended := run.agree(clock, save)):
-            if judge.since >= budget.patience:  # resumed after the judgement that ended it
-                ended = "patience"
-                break
+        while not (ended := "patience" if over else run.agree(clock, save)):
             made = coming.take(clock.step)
             rate = clock.set_rate(optimizer)
             run.begin(optimizer)
@@ -235,10 +241,8 @@ def _train(
                 ema.update(network)
             clock.advance()
             run.report("transformer", clock, rate, budget.batch_size, coming.waited)
-            if clock.step % budget.judge_every_steps == 0 and enough():
-                ended = "patience"
-                break
-    if judge.step != clock.step and ended != "patience":
+            over = clock.step % budget.judge_every_steps == 0 and enough()
+    if judge.looked != clock.step:
         enough()
     run.finish_stage("transformer", clock, ended, save)
     return judge
@@ -281,7 +285,9 @@ def _parameter_groups(network: HaplotypeTransformer, weight_decay: float) -> lis
 
 
 def _judge(best: dict[str, torch.Tensor], record: dict[str, Any]) -> Judge:
-    return Judge(best, -math.inf if record["nats"] is None else record["nats"], record["step"], record["since"])
+    return Judge(
+        best, -math.inf if record["nats"] is None else record["nats"], record["step"], record["since"], record["looked"]
+    )
 
 
 # --- what is learned from ---------------------------------------------------------------------------------------------
@@ -295,6 +301,21 @@ def own_haplotypes(model: LiStephens) -> np.ndarray:
     return np.repeat(own_sp, count_s, axis=0)
 
 
+def _chosen(config: TransformerConfig, model: LiStephens) -> tuple[np.ndarray, np.ndarray]:
+    """int64 haplotypes that take part, rising, and bool, which of those judge: whole people, drawn at random."""
+    people = len(model.samples.ids)
+    order = seeding.generator(config.seed, "genomics.held_out").permutation(people)
+    order = order[: people if config.fit.people is None else config.fit.people]
+    count = max(1, round(config.fit.held_out * len(order)))
+    if count >= len(order):
+        raise UsageError("people to learn from and people to judge", f"{len(order)}", "fit.held_out")
+    part_s = np.zeros(people, np.int8)
+    part_s[order], part_s[order[:count]] = 1, 2
+    part_k = np.repeat(part_s, np.diff(model.samples.first_haplotype))
+    rows = np.flatnonzero(part_k)
+    return rows, part_k[rows] == 2
+
+
 def _predictions(
     config: TransformerConfig, model: LiStephens, out: Path, flag: preemption.Flag, progress: Progress | None
 ) -> None:
@@ -305,34 +326,27 @@ def _predictions(
             )
 
     tell = None if progress is None else lambda done, total: progress("predicting", done, total)
-    target_nl = bits.unpack(bits.transpose(model.bits_lw, model.k), model.n_sites)
+    rows, _ = _chosen(config, model)
+    target_nl = bits.unpack(bits.transpose(model.bits_lw, model.k)[rows], model.n_sites)
     bank = features.bank_of(model, config.bank)
     features.stored(
-        bank, config.bank, model, target_nl, own_haplotypes(model), out / "cache", between=between, progress=tell
+        bank, config.bank, model, target_nl, own_haplotypes(model)[rows], out / "cache", between=between, progress=tell
     )
 
 
 def _data(config: TransformerConfig, model: LiStephens, out: Path, value_sv: np.ndarray) -> Data:
-    people = len(model.samples.ids)
-    order = seeding.generator(config.seed, "genomics.held_out").permutation(people)
-    count = max(1, round(config.fit.held_out * people))
-    if count >= people:
-        raise UsageError("people to learn from and people to judge", f"{people} in the panel", "fit.held_out")
-    held_s = np.zeros(people, bool)
-    held_s[order[:count]] = True
-    haplotypes_s = np.diff(model.samples.first_haplotype)
-    held_k = np.repeat(held_s, haplotypes_s)
+    rows, judges = _chosen(config, model)
     known_sv = np.isfinite(value_sv)
     covariate_sv = np.concatenate([np.where(known_sv, value_sv, 0.0), known_sv], axis=1).astype(np.float32)
     return Data(
         facts_of(config, model),
         features.Stored(out / "cache"),
-        bits.unpack(bits.transpose(model.bits_lw, model.k), model.n_sites),
-        model.group_of_haplotype_k.astype(np.int64),
+        bits.unpack(bits.transpose(model.bits_lw, model.k)[rows], model.n_sites),
+        model.group_of_haplotype_k[rows].astype(np.int64),
         len(model.group_names),
-        np.repeat(covariate_sv, haplotypes_s, axis=0),
-        np.flatnonzero(~held_k),
-        np.flatnonzero(held_k),
+        np.repeat(covariate_sv, np.diff(model.samples.first_haplotype), axis=0)[rows],
+        np.flatnonzero(~judges),
+        np.flatnonzero(judges),
     )
 
 
