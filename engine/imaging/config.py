@@ -132,6 +132,9 @@ class AutoencoderConfig(Budget):
     latent_channels: int = Field(8, ge=1)
     kl_weight: float = Field(1e-3, ge=0, description="times the KL divergence as a mean per element")
     gradient_weight: float = Field(1.0, ge=0)
+    label_weight: float = Field(
+        0.25, gt=0, description="of each label's channel where image and label map are made together; an image's is 1"
+    )
     coarser_scales: int = Field(1, ge=0, le=3)
     shift_voxels: int = Field(2, ge=0, description="augmentation: random whole-voxel shifts of at most this")
     adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
@@ -294,6 +297,11 @@ class ImagingConfig(_Section):
         return self
 
     @property
+    def label_channels(self) -> int:
+        """Channels of labels that the autoencoder makes beside an image."""
+        return len(self.data.labels) if self.data.produce == "pair" else 0
+
+    @property
     def latent_size(self) -> tuple[int, int, int]:
         """Latent positions per axis."""
         d, h, w = (n // self.autoencoder.factor for n in self.data.size)
@@ -365,7 +373,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ..
         values = {**values}
         here = values
         for key in keys[:-1]:
-            inner = here.get(key, {})
+            inner = {} if here.get(key) is None else here[key]  # a section that a resolved config has as null
             if not isinstance(inner, dict):
                 raise UsageError(f"a section at '{key}'", f"a single value, in '{override}'", "--set")
             here[key] = {**inner}

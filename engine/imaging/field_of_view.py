@@ -7,6 +7,7 @@ axis; 1 % of tolerance on millimetres. `--force` insists, and the caller then kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def check_field_of_view(
     factor = config.autoencoder.factor
     wanted = tuple(int(n) for n in (size if size is not None else config.data.size))
     spacing = tuple(float(s) for s in (spacing_mm if spacing_mm is not None else facts["spacing_mm"]))
-    if len(wanted) != 3 or len(spacing) != 3 or min(wanted) < 1 or not min(spacing) > 0:
+    positive = all(math.isfinite(mm) and mm > 0 for mm in spacing) and min(wanted) >= 1
+    if len(wanted) != 3 or len(spacing) != 3 or not positive:
         raise UsageError("three positive numbers", f"size {wanted}, spacing {spacing} mm", "field of view")
     if any(n % factor for n in wanted):
         raise UsageError(f"a size in multiples of {factor}", f"{wanted}", "field of view")
