@@ -67,8 +67,8 @@ class Data:
 
 @dataclass
 class Judge:
-    """The best average so far on held-out people, and how many judgements ago it was found, which the main process knows;
-    `looked`, the step of the last judgement, all know."""
+    """The best average so far on held-out people, held by the main process; what it was, when it was found, how many judgements
+    ago, and `looked`, the step of the last judgement, are the same on all ranks."""
 
     best: dict[str, torch.Tensor]
     nats: float = -math.inf
@@ -211,21 +211,24 @@ def _train(
     def enough() -> bool:
         """Judge the average; whether to end. All ranks come here, and none waits in a collective for the main one's work."""
 
-        def look() -> float:
+        def look() -> list[float]:
             with ema.applied(network):
                 found = judged(network, data, budget.window)
                 if found > judge.nats:
-                    best = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-                    judge.best, judge.nats, judge.step, judge.since = best, found, clock.step, 0
+                    judge.best = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+                    judge.nats, judge.step, judge.since = found, clock.step, 0
                 else:
                     judge.since += 1
             network.train()
             run.log.event("judged", step=clock.step, held_out_nats=found, best=judge.nats)
-            return float(judge.since >= budget.patience)
+            return [judge.nats, judge.step, judge.since]
 
+        told = torch.tensor(distributed.by_main(run.accelerator, look) or [0.0] * 3, dtype=torch.float64)
+        if run.accelerator.num_processes > 1:
+            told = run.accelerator.reduce(told.to(device), reduction="sum").cpu()
+        judge.nats, judge.step, judge.since = float(told[0]), int(told[1]), int(told[2])
         judge.looked = clock.step
-        stop = torch.tensor([distributed.by_main(run.accelerator, look) or 0.0], device=device)
-        return bool(run.accelerator.reduce(stop, reduction="sum").item() > 0)
+        return judge.since >= budget.patience
 
     network.train()
     over = judge.since >= budget.patience  # resumed after the judgement that ended it; the same on all ranks
