@@ -72,7 +72,7 @@ def cached_latents(
     def encode() -> None:
         if wanted is None or not path.is_file():
             with atomic_path(path) as partial:
-                save_file(_encode(config, autoencoder, scans_g, accelerator.device), partial)
+                save_file(encode_scans(config, autoencoder, scans_g, accelerator.device), partial)
         if scratch is not None:
             write_json(table, staging.chunks_of(path))
 
@@ -96,7 +96,7 @@ def _suffix(grid: int) -> str:
 
 
 @torch.no_grad()
-def _encode(
+def encode_scans(
     config: ImagingConfig, autoencoder: Autoencoder, scans_g: Sequence[Scans], device: torch.device
 ) -> dict[str, Tensor]:
     """View 0 is the volume itself; the others are shifted copies, drawn per (volume, view). The statistics run over all
