@@ -1,0 +1,66 @@
+"""Memory of a large output does not grow with the people: measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.genomics import commands
+from engine.genomics.panel import panel_from_alleles, write_panel
+
+SITES, PEOPLE, FEW = 12_000, 40_000, 100
+MIB = 1 << 20
+WHOLE = SITES * 2 * PEOPLE // 8  # bytes of all alleles, packed: 114 MiB
+# one block of alleles, what is laid out of it for the file, the stretch of paths at hand, names of people and sites
+BOUND = 64 * MIB
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from engine.files import vcf_zarr
+from engine.genomics import commands, stream
+
+stream._BLOCK_BYTES, vcf_zarr.SAMPLES = 4 << 20, 2_000  # so that what is held at one time is small beside all alleles
+
+def line(name):
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(each for each in text.splitlines() if each.startswith(name)).split()[1])
+
+run, out, few, many = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+commands.sample_command(run, few, seed=1, out=out.with_name("few" + out.name))  # everything is loaded and compiled
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark from here on
+before = line("VmRSS:")
+commands.sample_command(run, many, seed=1, out=out)
+print(json.dumps({"before": before, "grown": line("VmHWM:") - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(1)
+    allele_ln = (rng.random((SITES, 60)) < rng.beta(0.2, 1.0, (SITES, 1))).astype(np.uint8)
+    ids = [f"r{k}" for k in range(30)]
+    panel = panel_from_alleles(allele_ln, 100 + 5 * np.arange(SITES), "21", ids, contig_length={"21": 48_129_895})
+    write_panel(panel, folder / "p.bcf")
+    settings = ["sampler=independent", "ne=2000", "per_group=false"]
+    commands.fit_command(folder / "p.bcf", overrides=settings, out=folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("suffix", [".pgen", ".vcz"])
+def test_memory_does_not_grow_with_the_people(tmp_path, run, suffix):
+    assert WHOLE > 1.7 * BOUND  # or the bound would say nothing
+    out = tmp_path / f"x{suffix}"
+    command = [sys.executable, "-c", CHILD, str(run), str(out), str(FEW), str(PEOPLE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["grown"] < BOUND, measured
+    assert measured["before"] > 50 * MIB  # it was measured at all
+    assert Path(out).exists()
