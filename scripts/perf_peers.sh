@@ -60,11 +60,13 @@ build_plink2() {
 
 mkdir -p "$cache"
 : >"$log"
-if is_root_on_debian; then
-  apt_install plink1.9 || say "no plink1.9, see $log; its rows will say so"
-else
-  command -v plink1.9 >/dev/null || say "not found: plink1.9 (sudo apt-get install plink1.9); its rows will say so"
-fi
+for name in plink1.9 bcftools; do
+  if is_root_on_debian; then
+    apt_install "$name" || say "no $name, see $log; its rows will say so"
+  else
+    command -v "$name" >/dev/null || say "not found: $name (sudo apt-get install $name); its rows will say so"
+  fi
+done
 
 if has_r2 "$cache/bin/plink2" || has_r2 plink2; then
   say "plink2 with --r2-phased is there"

@@ -136,3 +136,20 @@ def test_without_msprime_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(Unsupported, match="pip install"):
         simulate_command(tmp_path / "p.bcf", ASKED)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_is_the_function(tmp_path, made, capsys):
+    from engine.cli import main
+
+    out = tmp_path / "p.bcf"
+    asked = ["--groups", "AFR=12,EUR=9", "--length-mb", "0.7", "--block-mb", "0.3", "--seed", "3", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main(["genomics", "simulate", *asked, "--json"])
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert told["groups"] == {"AFR": 12, "EUR": 9}
+    assert out.read_bytes() == made[0].read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["genomics", "simulate", "--groups", "AFR:12", "--sites", "9", "--out", str(tmp_path / "q.bcf")])
+    assert ended.value.code == 2
+    assert "NAME=NUMBER" in capsys.readouterr().err
