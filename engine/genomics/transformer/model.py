@@ -34,19 +34,18 @@ LONG_FADE = 1024.0
 
 class State(NamedTuple):
     """What one window leaves to the next: keys_bad and values_bad of the last patches of each layer; sums_bd, faded; last_bd,
-    the output at the last patch; patches, how many there were."""
+    the output at the last patch."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     sums_bd: Tensor
     last_bd: Tensor
-    patches: int
 
     def detached(self) -> State:
         """Without the graph behind it."""
         return State(
             tuple(t.detach() for t in self.keys), tuple(t.detach() for t in self.values), self.sums_bd.detach(),
-            self.last_bd.detach(), self.patches,
+            self.last_bd.detach(),
         )  # fmt: skip
 
 
@@ -124,7 +123,7 @@ class HaplotypeTransformer(nn.Module):
         haplotypes, depth = len(condition_bd), len(self.blocks)
         empty = condition_bd.new_zeros(haplotypes, 0, self.width)
         sums_bd = condition_bd.new_zeros(haplotypes, self.width * (1 + len(FADES)))
-        return State((empty,) * depth, (empty,) * depth, sums_bd, self.start + condition_bd, 0)
+        return State((empty,) * depth, (empty,) * depth, sums_bd, self.start + condition_bd)
 
     def condition(self, group_b: Tensor, covariate_bv: Tensor | None) -> Tensor:
         """float32 (b, d) from group indices int64 (b,) and, with covariates, (b, 2 V): values, and 1 where they are known."""
@@ -178,7 +177,7 @@ class HaplotypeTransformer(nn.Module):
             keys.append(key)
             values.append(value)
         x_bjd = self.after(x_bjd)
-        return x_bjd, State(tuple(keys), tuple(values), sums_bjd[:, -1], x_bjd[:, -1], state.patches + window)
+        return x_bjd, State(tuple(keys), tuple(values), sums_bjd[:, -1], x_bjd[:, -1])
 
     def forward(
         self, logit_blc: Tensor, features_blf: Tensor, centred_bl: Tensor, residual_bl: Tensor, nats_blc: Tensor,
