@@ -74,6 +74,23 @@ def train(
 
 
 @app.command()
+def estimate(
+    config: Annotated[Path, typer.Option("--config", help="YAML, one whole run; see configs/imaging/.")],
+    tflops: Annotated[
+        float, typer.Option("--tflops", help="Sustained 10^12 operations per second of one device; a measured figure.")
+    ],
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Devices that share a batch.")] = 1,
+    overrides: Overrides = None,
+    json: JsonFlag = False,
+) -> None:
+    """Say what a config takes before anything runs: parameters, arithmetic, memory and time of training and sampling."""
+    from engine.imaging.config import load_config
+    from engine.imaging.estimate import estimate as estimated
+
+    emit(estimated(load_config(config, overrides or []), tflops, processes), json)
+
+
+@app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="Run folder written by `engine imaging train`.")],
     n: Annotated[int, typer.Option("-n", min=1, help="How many volumes, over all shards.")],
