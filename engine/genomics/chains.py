@@ -36,10 +36,43 @@ class ChainSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ne: float | None = Field(default=None, gt=0)
-    redrawn: float | None = Field(default=None, gt=0, lt=1)
+    redrawn: float | None = Field(default=None, gt=0, le=1)
     mismatch: float | None = Field(default=None, gt=0, lt=1)
     parent: int | None = Field(default=None, ge=0)
     floor: float = Field(default=0.0, ge=0, le=1)
+
+
+class MixConfig(BaseModel):
+    """Training of the mixture.
+
+    Attributes:
+        inputs: chains of the bank that are mixed; the others are parents only.
+        cells: haplotypes times sites to learn from; as many people as that makes, at most all.
+        held_out: share of those people that judges and is not learned from.
+        hidden: width of the two hidden layers.
+        epochs, learning_rate, weight_decay: of AdamW, with one cycle of the rate.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: list[int] = Field(min_length=1)
+    cells: int = Field(default=8_000_000, ge=1)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    hidden: int = Field(default=48, ge=1)
+    epochs: int = Field(default=6, ge=1)
+    learning_rate: float = Field(default=4e-3, gt=0)
+    weight_decay: float = Field(default=1e-3, ge=0)
+
+
+class BankPanel(NamedTuple):
+    """What the bank copies from and is told of its sites: bits_lw, k; hazard_l (expected switches at Ne 1), mismatch_l and
+    contig_start_l as in `chains.bank`."""
+
+    bits_lw: np.ndarray
+    k: int
+    hazard_l: np.ndarray
+    mismatch_l: np.ndarray
+    contig_start_l: np.ndarray
 
 
 class Predictions(NamedTuple):

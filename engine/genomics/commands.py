@@ -49,7 +49,8 @@ def fit_command(
         group_column: column of the samples table that holds the groups; None takes the usual names.
 
     Returns:
-        {"run", "model", "haplotypes", "sites", "groups": name -> haplotypes, "warnings"}.
+        {"run", "model", "haplotypes", "sites", "groups": name -> haplotypes, "warnings"}, and with a mixture
+        "held_out_nats", "held_out_sem", "held_out_n" of its judges, each left out, and "plain_nats" of the best chain alone.
 
     Raises:
         UsageError: bad config, or `out` exists. InputError: the panel, map or table cannot be used.
@@ -72,7 +73,8 @@ def fit_command(
     panel = read_panel(panel_path, map=map, samples_tsv=samples, group_column=group_column)
     panel = as_reference(panel, settings, where=panel_path)
     _tell(progress, "writing run", 1, 2)
-    model = li_stephens.fit(panel, settings)
+    learning = None if progress is None else lambda done, total: progress("learning", done, total)
+    model = li_stephens.fit(panel, settings, progress=learning)
     model.warnings.extend(panel.notes)
     maps = [] if map is None else [map] if isinstance(map, str | Path) else list(map)
     model.save(out, inputs=[panel_path, *maps, *([] if samples is None else [samples])])
@@ -85,7 +87,7 @@ def fit_command(
         "sites": model.n_sites,
         "groups": dict(zip(model.group_names, counts, strict=True)),
         "warnings": model.warnings,
-    }
+    } | ({} if model.mixture is None else model.mixture.figures())
 
 
 def sample_command(
@@ -272,16 +274,18 @@ def score_command(
     intersect: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Log-likelihood of a panel file's haplotypes under a run's model.
+    """Log-likelihood of a panel file's haplotypes under a run's model, by its mixture where it has one.
 
     Returns:
         {"haplotypes": n, "mean_nats": mean per haplotype, "sem": its standard error, "leave_one_out", "warnings"}; sem
         is None for a single haplotype.
     """
     model = _load(run)
+    mixed = {"mixed": True} if getattr(model, "mixture", None) is not None else {}
     nats_n = model.log_likelihood(
         sex_chromosomes.complete(read_panel(panel)), leave_one_out=leave_one_out, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("scoring", done, total),
+        **mixed,
     )  # fmt: skip
     if not np.isfinite(nats_n).all():
         raise InputError("haplotypes that the model can give", "an impossible one", panel, "a mismatch above 0")

@@ -33,12 +33,14 @@ from engine import seeding
 from engine.errors import InputError, UsageError, closest
 from engine.files.genotypes import haplotype_index
 from engine.genomics import rates
+from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
 from engine.kernels import bits, haplotype_hmm
 
 if TYPE_CHECKING:
     from engine.genomics.genealogy import Genealogy, Tables
+    from engine.genomics.mixture import Mixture
 
 LEAST_SWITCH = 1e-12
 MOST_SWITCH = 1 - 1e-9  # within a contig, of what is learned
@@ -59,14 +61,15 @@ class LiStephensConfig(BaseModel):
         sampler: "interchange": whole rounds in which every donor is copied once everywhere (`genealogy`); "independent": the
             chain of the model run forward, each haplotype by itself.
         switching: of the interchange sampler: swaps as a multiple of the rate at which synthetic haplotypes share stretches
-            as long as real ones do; below 1 longer pieces, above shorter ones.
+            just shorter than real ones do; below 1 longer pieces, above shorter ones.
         candidates: haplotypes among which a swap partner is the nearest; 1 swaps at random.
         reach: how far around a swap haplotypes are compared, in mean pieces.
-        max_donor_cm: the most that is copied from a donor into one person, in one piece; None for no such bound.
+        max_donor_cm: the most that is copied from a donor into one person, all pieces together; None for no such bound.
         learn_rounds: rounds of expectation maximisation that correct switches and mismatches at each site, by the panel's
             own people; 0 keeps the map and `mismatch` as they are.
         learn_people: people counted in a round.
         learn_prior: how many haplotypes the map and `mismatch` weigh as much as, at each site.
+        bank, mix: chains and how they are mixed into one likelihood (`engine.genomics.mixture`); none without `mix`.
         seed: seed of sampling where the caller names none.
     """
 
@@ -79,12 +82,14 @@ class LiStephensConfig(BaseModel):
     min_carriers: int = Field(default=2, ge=1)
     sampler: Literal["interchange", "independent"] = "interchange"
     switching: float = Field(default=1.0, gt=0)
-    candidates: int = Field(default=32, ge=1)
+    candidates: int = Field(default=64, ge=1)
     reach: float = Field(default=4.0, gt=0)
     max_donor_cm: float | None = Field(default=None, gt=0)
     learn_rounds: int = Field(default=0, ge=0)
     learn_people: int = Field(default=250, ge=1)
     learn_prior: float = Field(default=150.0, gt=0)
+    bank: list[ChainSpec] = []
+    mix: MixConfig | None = None
     seed: int = 0
 
 
@@ -183,6 +188,7 @@ class LiStephens:
         genealogy_learned: what the panel shows of its past; None learns it when it is first needed (`genealogy`).
         learned_l: float64 (L,), the Morgans that the panel's own switches tell, in place of `distance_l` for copying; +inf at
             the first site of a contig. None where the map is used as it is.
+        mixture: several chains as one likelihood; None where the config has none.
     """
 
     config: LiStephensConfig
@@ -198,6 +204,7 @@ class LiStephens:
     warnings: list[str] = field(default_factory=list)
     genealogy_learned: Genealogy | None = None
     learned_l: np.ndarray | None = None
+    mixture: Mixture | None = None
 
     @property
     def k(self) -> int:
@@ -218,6 +225,12 @@ class LiStephens:
         """float64 (L,): switch probabilities of scoring, over all K haplotypes; 1 at the first site of a contig."""
         switch_l = -np.expm1(-self.hazard_l(self.config.ne, self.k))
         return np.where(np.isfinite(self.distance_l), np.maximum(switch_l, LEAST_SWITCH), 1.0)
+
+    def bank_panel(self) -> BankPanel:
+        """What banks of chains copy from."""
+        return BankPanel(
+            self.bits_lw, self.k, self.hazard_l(1.0, self.k), self.mismatch_l, np.isinf(self.distance_l)
+        )
 
     def group_proportions(self) -> np.ndarray:
         """float64 (G,): share of the panel's people in each group."""
@@ -393,6 +406,7 @@ class LiStephens:
         *,
         leave_one_out: bool = False,
         intersect: bool = False,
+        mixed: bool = False,
         progress: Progress | None = None,
         implementation: str | None = None,
     ) -> np.ndarray:
@@ -404,6 +418,7 @@ class LiStephens:
             leave_one_out: the panel's people are in the reference: each is scored without any haplotype of that person,
                 because two haplotypes of one person can be related. Ids and alleles must agree.
             intersect: score a panel that lacks some of the model's sites (taken as missing) or has others (left out).
+            mixed: by the mixture of chains, which is likelier and takes some twenty times as long.
 
         Returns:
             float64 (N,).
@@ -411,6 +426,8 @@ class LiStephens:
         Raises:
             InputError: unphased panel, other sites, or with leave_one_out people who are not those of the reference.
         """
+        if mixed and self.mixture is None:
+            raise UsageError("a model with a mixture", "one without", "score", "mixed=False, or fitting with `mix`")
         if not panel.phased:
             raise InputError("a phased panel", "unphased genotypes", "score", "phase it, e.g. with SHAPEIT5 or Beagle")
         own_l, panel_l = common_sites({"model": self.sites, "panel": panel.sites}, intersect=intersect)
@@ -426,10 +443,15 @@ class LiStephens:
                 alleles_nl[bits.unpack(missing_nw[part], panel.n_sites).astype(bool)] = 255
             target_nl = np.full((part.stop - part.start, self.n_sites), 255, dtype=np.uint8)
             target_nl[:, own_l] = alleles_nl
-            result_n[part] = haplotype_hmm.log_likelihood(
-                self.bits_lw, self.k, target_nl, switch_l, self.mismatch_l,
-                exclude_ne=None if exclude_ne is None else exclude_ne[part], implementation=implementation,
-            )  # fmt: skip
+            leave_ne = None if exclude_ne is None else exclude_ne[part]
+            if mixed:
+                assert self.mixture is not None
+                result_n[part] = self.mixture.log_likelihood(self.bank_panel(), target_nl, leave_ne)
+            else:
+                result_n[part] = haplotype_hmm.log_likelihood(
+                    self.bits_lw, self.k, target_nl, switch_l, self.mismatch_l, exclude_ne=leave_ne,
+                    implementation=implementation,
+                )  # fmt: skip
             if progress is not None:
                 progress(part.stop, panel.n_haplotypes)
         return result_n
@@ -544,7 +566,16 @@ def fit(
         config, panel.bits_lw, panel.sites, panel.samples, dict(panel.contig_length), panel.assembly, distance_l,
         np.full(panel.n_sites, config.mismatch), group_names, group_k, warnings,
     )  # fmt: skip
-    return _with_learned_rates(model, progress) if config.learn_rounds else model
+    if config.learn_rounds:
+        model = _with_learned_rates(model, progress)
+    if config.mix is not None:
+        from engine.genomics import mixture
+
+        made = mixture.train(
+            model.bank_panel(), model.samples.first_haplotype, config.bank, config.mix, seed=config.seed, progress=progress
+        )
+        model = replace(model, mixture=made)
+    return model
 
 
 def _with_learned_rates(model: LiStephens, progress: Progress | None) -> LiStephens:

@@ -188,11 +188,12 @@ def _copying(model: LiStephens, known: HaplotypePanel) -> Score:
     """Scores under the model's class and settings over other people, at the model's sites and genetic distances."""
     _, known_l = common_sites({"model": model.sites, "holdout": known.sites})
     known = replace(known.select(sites=known_l), sites=model.sites)
-    settings = model.config.model_copy(update={"group_ne": {}, "per_group": False, "learn_rounds": 0})
+    settings = model.config.model_copy(update={"group_ne": {}, "per_group": False, "learn_rounds": 0, "mix": None})
     other = li_stephens.fit(known, settings)
     # whatever map and rates the attacked model had, the reference has the same
-    rates = {"distance_l": model.distance_l, "mismatch_l": model.mismatch_l, "learned_l": model.learned_l}
-    return replace(other, **rates).log_likelihood
+    return replace(
+        other, distance_l=model.distance_l, mismatch_l=model.mismatch_l, learned_l=model.learned_l
+    ).log_likelihood
 
 
 def _independent(model: LiStephens, known: HaplotypePanel) -> Score:

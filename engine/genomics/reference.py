@@ -83,8 +83,9 @@ def filled(panel: HaplotypePanel, config: LiStephensConfig | None = None, *, whe
     first_n, last_n = first_s[owner_n[gaps]], first_s[owner_n[gaps] + 1] - 1
     own_ne = np.stack([first_n, np.where(last_n > first_n, last_n, -1)], axis=1)
     size = max(1, min(128, _CELLS // panel.n_sites))
+    plain = (config or LiStephensConfig()).model_copy(update={"learn_rounds": 0, "mix": None})
     for _ in range(_PASSES):
-        model, alleles_nw = li_stephens.fit(made, config), made.haplotype_major()
+        model, alleles_nw = li_stephens.fit(made, plain), made.haplotype_major()
         for begin in range(0, len(gaps), size):
             chosen = gaps[begin : begin + size]
             target_nl = bits.unpack(alleles_nw[chosen], panel.n_sites)

@@ -21,7 +21,8 @@ from engine.errors import CorruptRun, EngineError
 
 if TYPE_CHECKING:
     from engine.genomics.genealogy import Genealogy
-    from engine.genomics.li_stephens import LiStephens
+    from engine.genomics.li_stephens import LiStephens, LiStephensConfig
+    from engine.genomics.mixture import Mixture
 
 SCHEMA = "engine.li_stephens/1"
 _CHECKPOINT = Path("checkpoints") / "step-000000"
@@ -31,6 +32,7 @@ _TENSORS = {
     "id": np.uint8, "ref": np.uint8, "alt": np.uint8, "sample_ids": np.uint8,
 }  # fmt: skip
 _OPTIONAL = {"learned_l": np.float64, "position_cm": np.float64, "sample_group": np.uint8, "sample_sex": np.uint8}
+_MIXTURE = {f"mix.{name}": np.float32 for name in ("hardness_l", "mean", "scale", "w0", "b0", "w1", "b1", "w2", "b2")}
 _SETTINGS = ("schema", "contig_length", "assembly", "group_names", "warnings")
 
 
@@ -47,21 +49,26 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
         tensors["position_cm"] = model.sites.position_cm
     if model.learned_l is not None:
         tensors["learned_l"] = model.learned_l
+    if model.mixture is not None:
+        tensors["mix.hardness_l"] = model.mixture.hardness_l
+        tensors |= {f"mix.{name}": values for name, values in model.mixture.weights.items()}
     if model.samples.group is not None:
         tensors["sample_group"] = _text(model.samples.group)
     if model.samples.sex is not None:
         tensors["sample_sex"] = _text(model.samples.sex)
-    settings = {
+    settings: dict[str, Any] = {
         "schema": SCHEMA, "contig_length": model.contig_length, "assembly": model.assembly,
         "group_names": model.group_names, "warnings": model.warnings,
     }  # fmt: skip
     if model.config.sampler == "interchange":
         settings["genealogy"] = model.genealogy.to_json()
+    if model.mixture is not None:
+        settings["mixture"] = model.mixture.figures()
     config = model.config.model_dump()
     with atomic.atomic_folder(run_folder) as folder:
         checkpoint = folder / _CHECKPOINT
         checkpoint.mkdir(parents=True)
-        dtypes = {**_TENSORS, **_OPTIONAL}
+        dtypes = {**_TENSORS, **_OPTIONAL, **_MIXTURE}
         save_file(
             {name: np.ascontiguousarray(values, dtype=dtypes[name]) for name, values in tensors.items()},
             checkpoint / "model.safetensors",
@@ -92,14 +99,15 @@ def load(run_folder: str | Path) -> LiStephens:
             got = "another" if path.is_file() else "no such file"
             raise CorruptRun("the checksum recorded when it was written", got, path, "fitting again")
     settings = _read_json(checkpoint / "model.json")
-    _check_keys(set(settings), set(_SETTINGS), {"genealogy"}, checkpoint / "model.json")
+    _check_keys(set(settings), set(_SETTINGS), {"genealogy", "mixture"}, checkpoint / "model.json")
     if settings["schema"] != SCHEMA:
         raise CorruptRun(SCHEMA, str(settings["schema"]), checkpoint / "model.json", "the engine version that wrote it")
     try:
         tensors = load_file(checkpoint / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise CorruptRun("a safetensors file", str(error), checkpoint / "model.safetensors") from None
-    _check_keys(set(tensors), set(_TENSORS), set(_OPTIONAL), checkpoint / "model.safetensors")
+    needed = set(_TENSORS) | (set(_MIXTURE) if "mixture" in settings else set())
+    _check_keys(set(tensors), needed, set(_OPTIONAL), checkpoint / "model.safetensors")
     if not (run_folder / "config.yaml").is_file():
         raise CorruptRun("config.yaml", "no such file", run_folder)
     try:
@@ -117,10 +125,13 @@ def load(run_folder: str | Path) -> LiStephens:
         None if sex is None else np.array(_lines(sex), dtype=str),
         tensors["first_haplotype"],
     )
+    if (config.mix is not None) != ("mixture" in settings):
+        raise CorruptRun("a mixture where the config has one", "the other way round", checkpoint / "model.json")
     return LiStephens(
         config, tensors["bits_lw"], sites, samples, settings["contig_length"], settings["assembly"],
         tensors["distance_l"], tensors["mismatch_l"], settings["group_names"], tensors["group_of_haplotype_k"],
         settings["warnings"], _genealogy(settings.get("genealogy"), checkpoint / "model.json"), tensors.get("learned_l"),
+        _mixture(settings.get("mixture"), config, tensors, checkpoint / "model.json"),
     )  # fmt: skip
 
 
@@ -131,6 +142,18 @@ def _genealogy(values: Any, path: Path) -> Genealogy | None:
         return None if values is None else Genealogy(**values)
     except TypeError as error:
         raise CorruptRun("what the panel shows of its past", str(error), path) from None
+
+
+def _mixture(figures: Any, config: LiStephensConfig, tensors: dict[str, np.ndarray], path: Path) -> Mixture | None:
+    if figures is None or config.mix is None:
+        return None
+    from engine.genomics.mixture import Mixture
+
+    weights = {name.removeprefix("mix."): tensors[name] for name in _MIXTURE}
+    try:
+        return Mixture(config.bank, config.mix.inputs, weights, weights.pop("hardness_l"), **figures)
+    except TypeError as error:
+        raise CorruptRun("figures of a mixture", str(error), path) from None
 
 
 def checksum(run_folder: str | Path) -> str:

@@ -1,0 +1,279 @@
+"""One likelihood from a bank of copying chains: at each site a small network weighs what the chains foretell.
+
+The network sees, for each chain, what it foretells (log-odds), among how many haplotypes it is undecided, and how
+surprised it has been lately and over a longer while; and of the site its frequency, the distance to the last one, its
+learned rates, how hard it was to foretell in other people, and how many sites have passed. It gives weights of the chains
+(sum 1), a temperature and an offset: logit = exp(t) sum_c w_c logit_c + b. All of that looks back only, so the product over
+sites is a probability of whole haplotypes. It starts as the plain mean of the log-odds and is trained on people of the
+panel, each left out of it.
+
+One network serves all sites: it learns how chains behave, not what a site's alleles are, which is why some hundred people
+are enough. What a network could learn about single sites and long contexts is left to `engine.genomics.transformer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine import seeding
+from engine.errors import UsageError
+from engine.genomics import chains
+from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
+from engine.kernels import bits
+from engine.kernels.haplotype_hmm import Bank
+
+BATCH = 16  # haplotypes run through the bank at a time
+SAMPLES = 20_000  # haplotypes times sites in one step of training, less where an epoch would be fewer steps than
+STEPS = 20
+DECAYS = (0.9, 0.995)  # of the running surprise, per site
+LEAST = 1e-3  # nats, below which surprise is not told apart
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A trained mixture.
+
+    Attributes:
+        specs: the bank; inputs: the chains that are mixed.
+        weights: float32 arrays of the network by name, and "mean" and "scale" (F,) of its features.
+        hardness_l: float32 (L,), mean surprise at each site of the people learned from, nats.
+        held_out_nats, held_out_sem, held_out_n: of the people that judged, each left out of the panel.
+        plain_nats: the same people under the best single chain.
+    """
+
+    specs: list[ChainSpec]
+    inputs: list[int]
+    weights: dict[str, np.ndarray]
+    hardness_l: np.ndarray
+    held_out_nats: float
+    held_out_sem: float
+    held_out_n: int
+    plain_nats: float
+
+    def figures(self) -> dict[str, float]:
+        """How it did on the people that judged."""
+        return {
+            "held_out_nats": self.held_out_nats, "held_out_sem": self.held_out_sem, "held_out_n": self.held_out_n,
+            "plain_nats": self.plain_nats,
+        }  # fmt: skip
+
+    def log_likelihood(
+        self,
+        panel: BankPanel,
+        target_nl: np.ndarray,
+        leave_ne: np.ndarray | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Log-probability of each haplotype, nats, float64 (N,).
+
+        Args:
+            target_nl: uint8 (N, L): 0, 1, or 255 where missing, which is passed over.
+            leave_ne: int64 (N, E), panel haplotypes that target n may not copy, -1-padded.
+        """
+        bank = _bank(self.specs, panel)
+        nats_n = np.empty(len(target_nl))
+        for at in range(0, len(target_nl), BATCH):
+            part = slice(at, at + BATCH)
+            seen = _foretell(bank, self.inputs, panel, target_nl[part], None if leave_ne is None else leave_ne[part])
+            logit_nl = self.logits(seen, panel, target_nl[part])
+            nats_n[part] = chains.nats(logit_nl, target_nl[part]).sum(axis=1)
+            if progress is not None:
+                progress(min(at + BATCH, len(target_nl)), len(target_nl))
+        return nats_n
+
+    def logits(self, seen: Foretold, panel: BankPanel, target_nl: np.ndarray) -> np.ndarray:
+        """float32 (N, L): log-odds of ALT at each site given the alleles before it."""
+        features_nlf = _features(
+            seen, target_nl, _site_features(panel), np.broadcast_to(self.hardness_l, target_nl.shape)
+        )
+        out = (features_nlf - self.weights["mean"]) / self.weights["scale"]
+        for layer in (0, 1):
+            out = out @ self.weights[f"w{layer}"].T + self.weights[f"b{layer}"]
+            out *= 1 / (1 + np.exp(-out))  # SiLU
+        out = out @ self.weights["w2"].T + self.weights["b2"]
+        return _mixed(out, seen.logit_nlc.astype(np.float32))
+
+
+class Foretold(NamedTuple):
+    """float16 (N, L, C) each: log-odds, and log of the effective number of donors."""
+
+    logit_nlc: np.ndarray
+    donors_nlc: np.ndarray
+
+
+def _bank(specs: Sequence[ChainSpec], panel: BankPanel) -> Bank:
+    return chains.bank(specs, panel.hazard_l, panel.mismatch_l, panel.contig_start_l)
+
+
+def _foretell(
+    bank: Bank, inputs: list[int], panel: BankPanel, target_nl: np.ndarray, leave_ne: np.ndarray | None
+) -> Foretold:
+    made = chains.predict(bank, panel.bits_lw, panel.k, target_nl, leave_out=leave_ne)
+    return Foretold(
+        made.logit_nlc[:, :, inputs].astype(np.float16), np.log(made.donors_nlc[:, :, inputs]).astype(np.float16)
+    )
+
+
+def _mixed(out_nlo: np.ndarray, logit_nlc: np.ndarray) -> np.ndarray:
+    """exp(t) sum_c softmax(o)_c logit_c + b; the network's last two outputs are t and b."""
+    raised = np.exp(out_nlo[..., :-2] - out_nlo[..., :-2].max(axis=-1, keepdims=True))
+    mean = (raised * logit_nlc).sum(axis=-1) / raised.sum(axis=-1)
+    return np.asarray(np.exp(out_nlo[..., -2]) * mean + out_nlo[..., -1], np.float32)
+
+
+def _site_features(panel: BankPanel) -> np.ndarray:
+    """float32 (L, 5): log-odds of the frequency, logs of the expected switches and of the mismatch, of the sites passed
+    on this contig and in all."""
+    sites = len(panel.hazard_l)
+    share_l = (bits.popcount_rows(panel.bits_lw) + 0.5) / (panel.k + 1)
+    first_l = np.maximum.accumulate(np.where(panel.contig_start_l, np.arange(sites), 0))
+    return np.stack(
+        [
+            np.log(share_l / (1 - share_l)),
+            np.log(np.where(panel.contig_start_l, 1.0, panel.hazard_l) + 1e-12),
+            np.log(panel.mismatch_l + 1e-9),
+            np.log1p(np.arange(sites) - first_l),
+            np.log1p(np.arange(sites)),
+        ],
+        axis=1,
+    ).astype(np.float32)  # fmt: skip
+
+
+def _features(seen: Foretold, target_nl: np.ndarray, site_lf: np.ndarray, hardness_nl: np.ndarray) -> np.ndarray:
+    """float32 (N, L, F), not yet scaled; F = 4 C + 6."""
+    from scipy.signal import lfilter
+
+    n = len(target_nl)
+    logit_nlc = seen.logit_nlc.astype(np.float32)
+    surprise_nlc = -chains.nats(logit_nlc, target_nl[:, :, None])
+    parts = [logit_nlc, seen.donors_nlc.astype(np.float32)]
+    for decay in DECAYS:
+        running_nlc = np.zeros_like(logit_nlc)
+        running_nlc[:, 1:] = lfilter([1 - decay], [1, -decay], surprise_nlc, axis=1)[:, :-1]
+        parts.append(np.log(running_nlc + LEAST))
+    parts += [np.broadcast_to(site_lf, (n, *site_lf.shape)), np.log(hardness_nl + LEAST)[:, :, None]]
+    return np.concatenate(parts, axis=2, dtype=np.float32)
+
+
+def train(
+    panel: BankPanel,
+    first_haplotype: np.ndarray,
+    specs: Sequence[ChainSpec],
+    config: MixConfig,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Mixture:
+    """A mixture trained on people of the panel, each with all their haplotypes left out.
+
+    Memory: 4 bytes per haplotype, site and chain mixed, of `config.cells`.
+
+    Raises:
+        UsageError: `inputs` that are no chains of the bank, or fewer than 10 people.
+    """
+    import torch
+
+    if not all(0 <= c < len(specs) for c in config.inputs):
+        raise UsageError(f"mix.inputs in 0..{len(specs) - 1}", str(config.inputs), "mix")
+    samples, sites, inputs = len(first_haplotype) - 1, len(panel.hazard_l), len(config.inputs)
+    if samples < 10:
+        raise UsageError("at least 10 people to learn a mixture from", str(samples), "mix", "a config without a bank")
+    order = seeding.generator(seed, "genomics.mixture.people").permutation(samples)
+    people = order[: max(10, min(samples, config.cells // (2 * sites)))]
+    judges = max(1, round(config.held_out * len(people)))
+    own = [np.arange(first_haplotype[s], first_haplotype[s + 1]) for s in people]
+    row_n = np.concatenate(own)
+    width = max(len(each) for each in own)
+    leave_ne = np.concatenate(
+        [np.tile(np.pad(each, (0, width - len(each)), constant_values=-1), (len(each), 1)) for each in own]
+    )
+    learn = np.arange(sum(len(each) for each in own[judges:])) + sum(len(each) for each in own[:judges])
+    judge = np.arange(learn[0])
+    target_nl = bits.unpack(np.ascontiguousarray(bits.transpose(panel.bits_lw, panel.k)[row_n]), sites)
+    bank = _bank(specs, panel)
+    seen = Foretold(*(np.empty((len(row_n), sites, inputs), np.float16) for _ in range(2)))
+    for part in _parts(np.arange(len(row_n)), BATCH):
+        found = _foretell(bank, config.inputs, panel, target_nl[part], leave_ne[part])
+        seen.logit_nlc[part], seen.donors_nlc[part] = found
+        if progress is not None:
+            progress(int(part[-1]) + 1, 2 * len(row_n))
+    mean_nl = np.concatenate(
+        [
+            -chains.nats(_take(seen, at).logit_nlc.mean(axis=2, dtype=np.float32), target_nl[at])
+            for at in _parts(np.arange(len(row_n)), BATCH)
+        ]
+    )
+    hardness_l = mean_nl[learn].mean(axis=0, dtype=np.float32)
+    weight_nl = np.broadcast_to(hardness_l, mean_nl.shape).copy()
+    weight_nl[learn] = (hardness_l * len(learn) - mean_nl[learn]) / max(1, len(learn) - 1)  # of the others
+    site_lf = _site_features(panel)
+    features_of = lambda at: _features(_take(seen, at), target_nl[at], site_lf, weight_nl[at])  # noqa: E731
+
+    some = features_of(learn[:: max(1, len(learn) // 16)]).reshape(-1, 4 * inputs + 6)
+    mean, scale = some.mean(axis=0), some.std(axis=0) + 1e-3
+    network = _network(some.shape[1], config.hidden, inputs, seed)
+    batch = max(1, min(SAMPLES // sites, len(learn) // STEPS))
+    steps = config.epochs * -(-len(learn) // batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps + 1)
+    done = 0
+    for epoch in range(config.epochs):
+        shuffled = seeding.generator(seed, "genomics.mixture.order", epoch).permutation(learn)
+        for at in _parts(shuffled, batch):
+            logit_nlc = torch.from_numpy(seen.logit_nlc[at].astype(np.float32))
+            out = network(torch.from_numpy((features_of(at) - mean) / scale))
+            logit = torch.exp(out[..., -2]) * (torch.softmax(out[..., :-2], -1) * logit_nlc).sum(-1) + out[..., -1]
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                logit, torch.from_numpy(target_nl[at].astype(np.float32))
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if progress is not None:
+                progress(len(row_n) + done * len(row_n) // steps, 2 * len(row_n))
+    weights = {"mean": mean, "scale": scale}
+    for i, layer in enumerate(each for each in network if isinstance(each, torch.nn.Linear)):
+        weights[f"w{i}"], weights[f"b{i}"] = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    made = Mixture(list(specs), config.inputs, weights, hardness_l, 0.0, 0.0, 0, 0.0)
+    nats_n, single_nc = np.empty(len(judge)), np.empty((len(judge), inputs))
+    for at in _parts(judge, BATCH):
+        nats_n[at] = chains.nats(made.logits(_take(seen, at), panel, target_nl[at]), target_nl[at]).sum(axis=1)
+        single_nc[at] = chains.nats(seen.logit_nlc[at].astype(np.float32), target_nl[at][:, :, None]).sum(axis=1)
+    return Mixture(
+        list(specs), config.inputs, weights, hardness_l, float(nats_n.mean()),
+        float(nats_n.std(ddof=1) / len(nats_n) ** 0.5) if len(nats_n) > 1 else 0.0, len(nats_n),
+        float(single_nc.mean(axis=0).max()),
+    )  # fmt: skip
+
+
+def _parts(index: np.ndarray, size: int) -> list[np.ndarray]:
+    return [index[at : at + size] for at in range(0, len(index), size)]
+
+
+def _take(seen: Foretold, at: np.ndarray) -> Foretold:
+    return Foretold(seen.logit_nlc[at], seen.donors_nlc[at])
+
+
+def _network(features: int, hidden: int, inputs: int, seed: int) -> Any:
+    """Two hidden layers; the last one starts at 0, so that the mixture starts as the mean of the log-odds."""
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(int(seeding.generator(seed, "genomics.mixture.weights").integers(2**62)))
+    first, second, last = nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, inputs + 2)
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight.normal_(0.0, layer.in_features**-0.5, generator=generator)
+            layer.bias.zero_()
+        last.weight.zero_()
+        last.bias.zero_()
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
