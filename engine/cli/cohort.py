@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.cli.common import JsonFlag, Out, Overrides, Seed, Shard, emit, parse_shard, progress_bar
+from engine.cli.common import JsonFlag, Out, Overrides, Seed, Shard, emit, finding_lines, parse_shard, progress_bar
 from engine.errors import UsageError
 
 app = typer.Typer(
@@ -152,6 +152,73 @@ def verify(folder: Annotated[Path, typer.Argument(help="Written by generate.")],
     wrong = verify_folder(folder)
     emit({"out": str(folder), "whole": not wrong, "wrong": wrong}, json)
     if wrong:
+        raise typer.Exit(3)
+
+
+@app.command()
+def judge(
+    real: Annotated[
+        Path | None, typer.Option("--real", help="Embedded cohort with known truth; its holdout is the test.")
+    ] = None,
+    synthetic: Annotated[Path | None, typer.Option("--synthetic", help="Written by generate --complete.")] = None,
+    people: Annotated[
+        int | None,
+        typer.Option("--people", min=60, help="Instead: so many embedded people without scans, made and fitted."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for findings.json.")] = None,
+    plink2: Annotated[bool, typer.Option("--plink2/--no-plink2", help="Association by plink2.")] = True,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """How much of the known truth synthetic people keep: effects, association hits, a diagnosis model on unseen people."""
+    from engine import provenance
+    from engine.atomic import atomic_folder, write_json
+    from engine.cohort.judge import judge_folders, judge_table
+
+    program = "plink2" if plink2 else None
+    if people is not None and real is None and synthetic is None:
+        findings = judge_table(people, seed=seed, plink2=program)
+    elif real is not None and synthetic is not None and people is None:
+        findings, _ = judge_folders(real, synthetic, seed=seed, plink2=program)
+    else:
+        raise UsageError("--real with --synthetic, or --people", "neither or both", "cohort judge")
+    listed = [f.to_json() for f in findings]
+    judged = [f for f in findings if f.verdict in ("pass", "fail")]
+    told = {"kept": sum(f.verdict == "pass" for f in judged), "of": len(judged), "findings": listed}
+    if out is not None:
+        with atomic_folder(out) as folder:
+            write_json(folder / "findings.json", told)
+            provenance.write(folder, "cohort judge", seed=seed)
+    emit(told, json, lambda made: [*finding_lines(made["findings"]), f"kept {made['kept']} of {made['of']}"])
+
+
+@app.command()
+def linkage(
+    real: Annotated[Path, typer.Option("--real", help="Embedded cohort: training people and people kept out.")],
+    synthetic: Annotated[Path, typer.Option("--synthetic", help="Written by generate --complete.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for linkage.json.")] = None,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Can a genotype find the scan made with it, or a real person a twin across modalities? Exits 3 unless it passes."""
+    from engine import provenance
+    from engine.atomic import atomic_folder, write_json
+    from engine.cohort.judge import linkage_folders
+
+    made = linkage_folders(real, synthetic, seed=seed)
+    if out is not None:
+        with atomic_folder(out) as folder:
+            write_json(folder / "linkage.json", made)
+            provenance.write(folder, "cohort linkage", seed=seed)
+
+    def lines(told: dict[str, Any]) -> list[str]:
+        controls = [
+            f"control {name:<40} must {c['expected']:<5} was {c['verdict']}" for name, c in told["controls"].items()
+        ]
+        return [*finding_lines(told["findings"]), *controls, f"verdict {told['verdict'].upper()}", *told["reasons"]]
+
+    emit(made.to_json(), json, lines)
+    if made.verdict != "pass":
         raise typer.Exit(3)
 
 

@@ -18,28 +18,13 @@ import numpy as np
 from engine import seeding
 from engine.cohort.config import DiseaseConfig, GenotypeConfig
 from engine.errors import UsageError
+from engine.genomics import simulate as simulate_panel
 from engine.genomics.panel import HaplotypePanel, panel_from_alleles
 
 
 def demography() -> msprime.Demography:
     """Gutenkunst et al. 2009: AFR, EUR and EAS today; sizes are diploid, times in generations of 25 years."""
-    generation_years = 25
-    grow_eur, grow_eas = 0.004, 0.0055
-    split_eur_eas = 21_200 / generation_years
-    model = msprime.Demography()
-    model.add_population(name="AFR", initial_size=12_300)
-    model.add_population(name="EUR", initial_size=1_000 * math.exp(grow_eur * split_eur_eas), growth_rate=grow_eur)
-    model.add_population(name="EAS", initial_size=510 * math.exp(grow_eas * split_eur_eas), growth_rate=grow_eas)
-    model.add_population(name="OOA", initial_size=2_100)
-    model.add_population(name="AMH", initial_size=12_300)
-    model.add_population(name="ANC", initial_size=7_300)
-    model.set_symmetric_migration_rate(["AFR", "EUR"], 3e-5)
-    model.set_symmetric_migration_rate(["AFR", "EAS"], 1.9e-5)
-    model.set_symmetric_migration_rate(["EUR", "EAS"], 9.6e-5)
-    model.add_population_split(time=split_eur_eas, derived=["EUR", "EAS"], ancestral="OOA")
-    model.add_symmetric_migration_rate_change(time=split_eur_eas, populations=["AFR", "OOA"], rate=25e-5)
-    model.add_population_split(time=140_000 / generation_years, derived=["AFR", "OOA"], ancestral="AMH")
-    model.add_population_split(time=220_000 / generation_years, derived=["AMH"], ancestral="ANC")
+    model: msprime.Demography = simulate_panel.demography("out-of-africa")
     return model
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SCHEMA = "engine.cohort/1"
 ROUND = 1 << 40  # candidates of one round; a person's numbers do not meet another's
 MOST_CANDIDATES = 4096
+_INTERVAL = "interval_years"
 _TOGETHER = 256  # people drawn at one time
 Progress = Callable[[str, int, int], None]
 
@@ -195,8 +196,9 @@ class CohortModel:
         given = {}
         for name in self.scan_covariates:
             column = self.profile.columns.get(name)
-            if column is None or row[name] not in column.missing:
-                given[name] = row[name]
+            value = row["years" if name == _INTERVAL else name]
+            if column is None or value not in column.missing:
+                given[name] = value
         return given
 
     def save(self, folder: str | Path, scan_run: str | Path | None = None) -> Path:
@@ -328,6 +330,8 @@ def _with_scans(model: CohortModel, scans: Any, notes: tuple[str, ...]) -> Cohor
     scan_model = load_model(scans) if isinstance(scans, (str, Path)) else scans
     wanted = [name for name in model.profile.parents(SCAN) if name != PREVIOUS]
     known = {covariate.name for covariate in scan_model.covariates}
+    # the embedded cohort's own table of scans has this name for it
+    wanted = [_INTERVAL if n == "years" and n not in known and _INTERVAL in known else n for n in wanted]
     unknown = [
         f"{name} -> scan is left out: the scan model was trained without" for name in wanted if name not in known
     ]

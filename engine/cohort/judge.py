@@ -406,3 +406,34 @@ def synthetic_side(model: Any, n: int, seed: int) -> Side:
     ids = [p.id for p in made]
     panel = model.genetics.panel(paths, groups, ids, model.sexes(rows_))
     return Side(subjects, replace(panel, samples=replace(panel.samples, group=groups)))
+
+
+def linkage_folders(real: str | Path, synthetic: str | Path, *, seed: int = 0) -> Any:
+    """The linkage audit (`engine.cohort.linkage`) of an embedded cohort and a complete synthetic one; strata are group, sex
+    and diagnosis, scans those of the first visit."""
+    from engine.cohort.linkage import Linked, linkage, scan_features
+
+    real, synthetic = Path(real), Path(synthetic)
+    subjects, scans = read_table(real / "subjects.csv"), read_table(real / "imaging" / "volumes.csv")
+    panel = read_panel(real / "genotypes.bcf", samples_tsv=real / "samples.tsv")
+    made_subjects, made_scans, made_panel = synthetic_tables(synthetic)
+
+    def linked(people: Table, own: HaplotypePanel, table: Table, folder: Path) -> Linked:
+        first = take(table, table["visit"] == 1)
+        place = {str(name): at for at, name in enumerate(first["subject"])}
+        absent = [str(name) for name in people["subject"] if str(name) not in place]
+        if absent:
+            raise InputError("a first scan of everybody", f"none of '{absent[0]}'", folder, "--complete")
+        features = scan_features(_volumes(folder, first))
+        rows_n = np.array([place[str(name)] for name in people["subject"]])
+        stratum = np.array([f"{g}/{s}/{d}" for g, s, d in zip(people["group"], people["sex"], people["diagnosis"])])
+        return Linked(dosage(own), features[rows_n], stratum)
+
+    sides = {}
+    for split in ("train", "holdout"):
+        here = subjects["split"] == split
+        seen = take(scans, scans["split"] == split)
+        sides[split] = linked(take(subjects, here), panel.select(samples=here), seen, real / "imaging")
+    return linkage(
+        sides["train"], sides["holdout"], linked(made_subjects, made_panel, made_scans, synthetic), seed=seed
+    )

@@ -220,7 +220,8 @@ def classes_of(place_n: np.ndarray, levels: int, ordered: bool, min_count: int) 
         else:
             groups.append([level])
     if len(groups) > 1 and count[groups[-1]].sum() < min_count:
-        groups[-2] += groups.pop()
+        rest = groups.pop()
+        groups[-1] += rest
     return tuple(tuple(group) for group in groups)
 
 

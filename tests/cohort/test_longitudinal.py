@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.cohort.longitudinal import TableModel, fit_table, model_from_json
+from engine.cohort.nodes import classes_of
 from engine.cohort.profile import Profile, check_row, check_rows, parse_profile
 from engine.cohort.regressions import fit_line, fit_margin, fit_ordered, fit_rate
 from engine.cohort.tables import Table, column, take
@@ -267,3 +268,11 @@ def test_bad_requests_and_bad_tables_are_refused(profile: Profile, model: TableM
         parse_profile({**PROFILE, "links": {"age": ["sex"], "sex": ["age"]}})
     with pytest.raises(UsageError, match="'columns'"):
         parse_profile({**PROFILE, "colums": {}})
+
+
+def test_classes_put_rare_levels_with_neighbours() -> None:
+    place = np.repeat([0, 1, 2, 3], [40, 3, 30, 4])
+    assert classes_of(place, 5, ordered=True, min_count=10) == ((0,), (1, 2, 3))
+    assert classes_of(np.repeat([0, 1, 2], [40, 3, 2]), 3, ordered=True, min_count=10) == ((0, 1, 2),)
+    assert classes_of(place, 5, ordered=False, min_count=7) == ((0,), (2,), (1, 3))
+    assert classes_of(place, 5, ordered=False, min_count=10) == ((0,), (2,))
