@@ -71,7 +71,7 @@ def _same(ours: Path, theirs: Path) -> None:
 
 def _as_bcf(source: stream.Source) -> Path:
     """The finished records as BCF, with an index: what the programs read."""
-    path = Path("given") / "x.bcf"
+    path = Path(f"given-{source.head.n_sites}") / "x.bcf"  # the folder is that of all cases
     if not path.exists():
         genotype_files.write_genotypes(path, _whole(source))
     return path
@@ -128,7 +128,7 @@ def _case(name: str, people: int, sites: int, run: Any, peers: tuple[Peer, ...] 
 
 def _pgen_peers() -> tuple[Peer, ...]:
     return (
-        Peer("pgenlib append_alleles_batch", _pgenlib, _whole, _same, 10, lambda: missing_package("pgenlib")),
+        Peer("pgenlib append_alleles_batch", _pgenlib, _whole, _same, 2, lambda: missing_package("pgenlib")),
         Peer("plink2 --bcf --make-pgen, whole process", _plink2, _as_bcf, _same, 1, lambda: missing_program("plink2")),
     )
 
@@ -151,7 +151,7 @@ def cases() -> list[Case]:
         _case("materialise", 20_000, 4_000, _alleles),
         _case("pgen", 20_000, 4_000, _write(".pgen"), _pgen_peers()),
         _case("bcf", 20_000, 2_000, _write(".bcf"), _bcf_peers()),
-        _case("vcz", 20_000, 2_000, _write(".vcz"), _vcz_peers()),
+        _case("vcz", 20_000, 4_000, _write(".vcz"), _vcz_peers()),
         _case("materialise", 100_000, 4_000, _alleles, threads=2, quick=False),
         _case("pgen", 100_000, 4_000, _write(".pgen"), threads=2, quick=False),
         _case("bcf", 100_000, 4_000, _write(".bcf"), threads=2, quick=False),
