@@ -96,7 +96,7 @@ def write_genotypes(
 
 
 def read_genotypes(path: str | Path, *, region: str | None = None) -> GenotypeData:
-    """Read .vcf, .vcf.gz, .bcf, .pgen, .vcz, .haps or .haps.gz.
+    """Read .vcf, .vcf.gz, .bcf, .pgen, .vcz, .haps, .haps.gz or .npz (`packed_npz`).
 
     Args:
         region: "contig" or "contig:first-last", 1-based inclusive; VCF, BCF and PGEN only.
@@ -109,9 +109,13 @@ def read_genotypes(path: str | Path, *, region: str | None = None) -> GenotypeDa
         from engine.files.plink import read_pgen
 
         return read_pgen(path, region=region)
-    if path.suffix == ".vcz" or path.name.endswith((".haps", ".haps.gz")):
+    if path.suffix in (".vcz", ".npz") or path.name.endswith((".haps", ".haps.gz")):
         if region is not None:
             raise InputError("no region, or a VCF, BCF or PGEN", region, path)
+        if path.suffix == ".npz":
+            from engine.files.packed_npz import read_npz
+
+            return read_npz(path)
         if path.suffix == ".vcz":
             from engine.files.vcf_zarr import read_vcz
 

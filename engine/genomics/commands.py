@@ -17,11 +17,19 @@ import numpy as np
 
 from engine import __version__, atomic, provenance
 from engine.errors import InputError, Unsupported, UsageError
-from engine.files import genotype_files
+from engine.files import genotype_files, packed_npz
 from engine.genomics import admixture, li_stephens, people, run_folder, sex_chromosomes, stream
 from engine.genomics.evaluate import evaluate
 from engine.genomics.matching import common_sites
-from engine.genomics.panel import HaplotypePanel, Samples, read_panel, read_samples, write_samples
+from engine.genomics.panel import (
+    HaplotypePanel,
+    Samples,
+    genotypes_from_panel,
+    panel_from_genotypes,
+    read_panel,
+    read_samples,
+    write_samples,
+)
 from engine.genomics.phenotypes import load_trait
 from engine.genomics.reference import as_reference
 from engine.genomics.transformer import config as transformer
@@ -281,9 +289,10 @@ def score_command(
         is None for a single haplotype.
     """
     model = _load(run)
+    scored = _read_scored(panel, getattr(model, "reference", model))
     mixed = {"mixed": True} if getattr(model, "mixture", None) is not None else {}
     nats_n = model.log_likelihood(
-        sex_chromosomes.complete(read_panel(panel)), leave_one_out=leave_one_out, intersect=intersect,
+        sex_chromosomes.complete(scored), leave_one_out=leave_one_out, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("scoring", done, total),
         **mixed,
     )  # fmt: skip
@@ -297,6 +306,16 @@ def score_command(
         "leave_one_out": leave_one_out,
         "warnings": model.warnings,
     }
+
+
+def _read_scored(path: str | Path, model: li_stephens.LiStephens) -> HaplotypePanel:
+    """A panel to be scored; an archive without a table of sites has those of the model."""
+    if Path(path).suffix != ".npz" or packed_npz.legend_path(path) is not None:
+        return read_panel(path)
+    like = genotypes_from_panel(
+        HaplotypePanel(model.bits_lw, None, model.sites, model.samples, True, model.contig_length, model.assembly)
+    )
+    return panel_from_genotypes(packed_npz.read_npz(path, like))
 
 
 def _load(run: str | Path) -> Any:

@@ -195,7 +195,7 @@ def read_panel(
     group_column: str | None = None,
     region: str | None = None,
 ) -> HaplotypePanel:
-    """Read a panel from .vcf, .vcf.gz, .bcf, .pgen, .vcz or .haps.
+    """Read a panel from .vcf, .vcf.gz, .bcf, .pgen, .vcz, .haps or .npz (`engine.files.packed_npz`).
 
     Maps, the samples table and the file's header are compared before genotypes are read.
 
@@ -213,7 +213,7 @@ def read_panel(
     path = Path(path)
     maps = _maps(map)
     group = sex = None
-    if not path.name.endswith((".pgen", ".vcz", ".haps", ".haps.gz")):
+    if not path.name.endswith((".pgen", ".vcz", ".haps", ".haps.gz", ".npz")):
         _check_header(path, maps, region, samples_tsv, group_column)
     data = genotype_files.read_genotypes(path, region=region)
     if not data.sample_ids:
