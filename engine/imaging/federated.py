@@ -86,6 +86,15 @@ def check_config(config: ImagingConfig) -> None:
             raise UsageError("levels that no site has to reveal", "none", f"data.covariates.{name}.levels", "list them")
 
 
+def stats_declared(config: ImagingConfig, stage: str) -> Declared:
+    """Name and shape of the sums of stage data or latents."""
+    if stage == "data":
+        sums = {f"covariate.{name}": (3,) for name, c in config.data.covariates.items() if c.kind == "continuous"}
+        return {"scans": (1,), "people": (1,), "centre_mm": (3,), **sums}
+    channels = config.autoencoder.latent_channels
+    return {"scans": (1,), "positions": (1,), "latent": (channels,), "latent_square": (channels,)}
+
+
 class ScanSite:
     """One institution: its table, split by person as everywhere, and the common model.
 
@@ -134,14 +143,8 @@ class ScanSite:
         return {name: tuple(tensor.shape) for name, tensor in self._network().state_dict().items()}
 
     def stats_declared(self) -> Declared:
-        """Sums of this stage."""
-        if self.stage == "data":
-            sums = {
-                f"covariate.{name}": (3,) for name, c in self.config.data.covariates.items() if c.kind == "continuous"
-            }
-            return {"scans": (1,), "people": (1,), "centre_mm": (3,), **sums}
-        channels = self.config.autoencoder.latent_channels
-        return {"scans": (1,), "positions": (1,), "latent": (channels,), "latent_square": (channels,)}
+        """Sums of this stage; see `stats_declared`."""
+        return stats_declared(self.config, self.stage)
 
     def get_state(self) -> Tensors:
         """float32 arrays of the network of this stage."""

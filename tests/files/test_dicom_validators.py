@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def validate() -> Callable[[Path], list[str]]:
     from dicom_validator.validator.dicom_file_validator import DicomFileValidator
     from dicom_validator.validator.error_handler import NullValidationResultHandler
 
-    from tests.files.dicom_standard import dicom_info, tables
+    sys.path.insert(0, str(Path(__file__).parent))
+    from dicom_standard_tables import dicom_info, tables
 
     folder = tables()
     if folder is None:

@@ -22,27 +22,28 @@ from engine.imaging.federated import (
     write_run,
 )  # fmt: skip
 from engine.imaging.generate import load_model, sample
-from engine.imaging.volume import write_volume
+from engine.imaging.volume import Volume, write_volume
 from engine.training.federated import outgoing, total, weighted_mean
-from tests.imaging.conftest import TINY, head
 
 
 @pytest.fixture(scope="module")
-def config():
+def config(tiny_config):
     changes = [
         "data.spacing_mm=[2,2,2]", "data.holdout_share=0.3", "data.covariates.sex.levels=[F,M]", "training.gradient_clip=1e9",
         "flow.views=1", "autoencoder.batch_size=64", "flow.batch_size=64",
     ]  # fmt: skip
-    return parse_config(apply_overrides(TINY, changes))
+    return parse_config(apply_overrides(tiny_config.model_dump(mode="json"), changes))
 
 
 @pytest.fixture(scope="module")
 def rows(config, tmp_path_factory):
-    """Scans of 18 people; ids and names are canaries."""
+    """Boxes in noise: scans of 18 people; ids and names are canaries."""
     folder = tmp_path_factory.mktemp("federated")
     lines = ["image,subject,age,sex"]
     for k in range(18):
-        write_volume(head(k), folder / f"CANARY{k}.nii.gz")
+        array = np.random.default_rng(k).random((1, 16, 16, 16), dtype=np.float32) * 4
+        array[0, 4:12, 4:12, 3 + k % 4 : 12] += 80 + 5 * (k % 5)
+        write_volume(Volume(array, np.diag([2.0, 2, 2, 1]), "MR", "arbitrary", {}), folder / f"CANARY{k}.nii.gz")
         lines.append(f"CANARY{k}.nii.gz,CANARY-{k},{'' if k == 3 else 20.5 + k},{'MF'[k % 2]}")
     (folder / "volumes.csv").write_text("\n".join(lines) + "\n")
     return read_table(folder / "volumes.csv", config.data)
