@@ -112,6 +112,12 @@ def sample(
         str | None,
         typer.Option("--prs-range", help="FROM:TO, scores wanted, in their standard deviations (inf allowed)."),
     ] = None,
+    max_donor_cm: Annotated[
+        float | None, typer.Option("--max-donor-cm", help="The most copied from one donor into one person, cM.")
+    ] = None,
+    max_release_cm: Annotated[
+        float | None, typer.Option("--max-release-cm", help="The most copied from one donor into all n people, cM.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the seed of the run's config.")] = None,
     shard: Shard = "0/1",
     shard_by: Annotated[
@@ -133,6 +139,8 @@ def sample(
             phenotype=phenotype,
             case_fraction=case_fraction,
             prs_range=None if prs_range is None else parse_range(prs_range),
+            max_donor_cm=max_donor_cm,
+            max_release_cm=max_release_cm,
             seed=seed,
             shard=parse_shard(shard),
             shard_by=shard_by,

@@ -7,6 +7,7 @@ Every output carries its provenance: run folders inside, genotype files as `FILE
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 from engine import __version__, atomic, provenance
 from engine.errors import InputError, Unsupported, UsageError
 from engine.files import genotype_files, packed_npz
-from engine.genomics import admixture, li_stephens, people, run_folder, sex_chromosomes, stream
+from engine.genomics import admixture, exposure, li_stephens, people, run_folder, sex_chromosomes, stream
 from engine.genomics.evaluate import evaluate
 from engine.genomics.matching import common_sites
 from engine.genomics.panel import (
@@ -110,6 +111,8 @@ def sample_command(
     phenotype: str | Path | None = None,
     case_fraction: float | None = None,
     prs_range: tuple[float, float] | None = None,
+    max_donor_cm: float | None = None,
+    max_release_cm: float | None = None,
     seed: int | None = None,
     shard: tuple[int, int] = (0, 1),
     shard_by: str = "people",
@@ -127,26 +130,33 @@ def sample_command(
         sex: "male" or "female" for all; None draws it in the panel's proportions where the model has X.
         phenotype: a trait (`engine genomics phenotype`); everybody's goes to `out`.pheno.tsv. `case_fraction` and
             `prs_range`, in standard deviations of the score, ask for people by it (`people.Request`).
+        max_donor_cm: the most that is copied from a donor into one person; None takes what the run's config says.
+        max_release_cm: the most that is copied from a donor into all n people; None for no bound (`exposure`).
         seed: None takes the seed of the run's config.
         shard: (i, k), 0 <= i < k, of people or sites. `finish_command` joins shards.
         shard_by: "people": people i*n//k .. (i+1)*n//k - 1 as a file of their own, `shard_path(out, i, k)`; one that is
             there already and whole is recognised and skipped, one without its record is made again. "sites": all people
             at some of the sites, as parts of `out` itself, which are joined by copying: for large files.
 
+    What each donor gave goes to `out`.exposure.tsv, which is no part of a release.
+
     Returns:
-        {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings"}, and where asked for
-        "ancestry": source -> mean share, "cases", "mean_prs_sd", and "acceptance_cases", "acceptance_controls" or
-        "acceptance_people": share of candidates that were what was asked for.
+        {"out", "people", "haplotypes", "sites", "groups": name -> people, "skipped", "warnings", "exposure": the largest
+        values over donors, cM}, and where asked for "ancestry": source -> mean share, "cases", "mean_prs_sd", and
+        "acceptance_cases", "acceptance_controls" or "acceptance_people": share of candidates that were what was asked for.
 
     Raises:
         UsageError: bad n, shard, group, request or suffix, or `out` exists. CorruptRun: the run folder is not whole.
     """
     if transformer.is_run(run):
         asked = {"--admix": admix, "--generations": generations, "--sex": sex, "--phenotype": phenotype,
-                 "--case-fraction": case_fraction, "--prs-range": prs_range}  # fmt: skip
+                 "--case-fraction": case_fraction, "--prs-range": prs_range,
+                 "--max-donor-cm": max_donor_cm, "--max-release-cm": max_release_cm}  # fmt: skip
         for option, value in asked.items():
             if value is not None:
-                raise Unsupported("people of a group", option, "sample from a transformer", "a run of the copying model")
+                raise Unsupported(
+                    "people of a group", option, "sample from a transformer", "a run of the copying model"
+                )
         if shard_by != "people":
             raise Unsupported("--shard-by people", shard_by, "sample from a transformer")
         from engine.genomics.transformer import command
@@ -162,6 +172,14 @@ def sample_command(
     target = Path(out) if count == 1 or by_sites else shard_path(out, index, count)
     model = li_stephens.load(run)
     seed = model.config.seed if seed is None else seed
+    if max_donor_cm is not None:
+        if model.config.sampler != "interchange" or max_donor_cm <= 0:
+            raise UsageError("more than 0 cM and sampler=interchange", f"{max_donor_cm:g}", "--max-donor-cm")
+        model = replace(model, config=model.config.model_copy(update={"max_donor_cm": max_donor_cm}))
+    if max_release_cm is not None:
+        if admix is not None or case_fraction is not None or prs_range is not None:
+            raise UsageError("people as the model draws them", "people who are chosen", "--max-release-cm")
+        exposure.check_release(model, n, max_release_cm, group)
     first, stop = (0, n) if by_sites else (index * n // count, (index + 1) * n // count)
     request = {
         "model_sha256": run_folder.checksum(run), "people": n, "group": group,
@@ -175,6 +193,9 @@ def sample_command(
         raise UsageError("--admix with --generations", "--generations alone", "sample", "--admix AFR=0.8,EUR=0.2")
     if not wanted.is_plain:
         request["asked"] = wanted.to_json()
+    learned = model.genealogy.to_json() if model.config.sampler == "interchange" else None
+    drawn_by = json.dumps([model.config.model_dump(), learned], sort_keys=True)
+    request["sampling_sha256"] = hashlib.sha256(drawn_by.encode()).hexdigest()
     in_words = not wanted.is_plain or sex_chromosomes.has_x(model)
     if in_words and by_sites:
         raise UsageError("--shard-by people for X, --admix, --sex and --phenotype", "sites", "sample")
@@ -189,16 +210,24 @@ def sample_command(
         genotype_files.remove(target)  # a shard without its record
     tell = lambda what: None if progress is None else lambda done, total: progress(what, done, total)  # noqa: E731
     told: dict[str, object] = {}
+    exposed: exposure.Exposure | None = None
     if in_words:
         drawn = people.draw(model, stop - first, wanted, seed=seed, start=first, progress=tell("drawing"))
         source = people.source(model, drawn, wanted, target, seed=seed, start=first)
         people.write_beside(drawn, target, start=first)
         told = people.summary(model, drawn, wanted)
+        copied = drawn.paths
+        exposed = exposure.of_paths(model, copied.segment_offset_n, copied.segment_start_s, copied.segment_donor_s)
     else:
         source = stream.source(
             model, stop - first, groups=group, seed=seed, start=first, progress=tell("drawing"),
             folder=stream.paths_folder(target, request=request, seed=seed), shard=shard if by_sites else (0, 1),
         )  # fmt: skip
+        if source.held is not None:
+            exposed = exposure.of_held(model, source.held)
+    if exposed is not None and not (by_sites and index):
+        exposure.write(exposed, model, seed, _beside(target, exposure.SUFFIX))
+        told |= {"exposure": exposed.summary()}
     record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
     job = stream.Job(target, source.layout(_header_lines(request, seed)), source.groups, record)
     stream.start(job)
@@ -243,7 +272,7 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
         if not path.exists() or not _beside(path, "provenance.json").exists():
             raise InputError(f"all {count} shards", f"no shard {index}", path, f"--shard {index}/{count}")
         record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
-        same = ("model_sha256", "people", "group", "asked")
+        same = ("model_sha256", "people", "group", "asked", "sampling_sha256")
         if record["sha256"] != provenance.input_record(path)["sha256"]:
             raise InputError("the file that its provenance describes", "another", path, "making this shard again")
         if records and any(record["request"].get(key) != records[0]["request"].get(key) for key in same):
@@ -266,7 +295,11 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
         "seed": seed,
         "joined_shards": count,
     }
-    people.join_beside([shard_path(out, index, count) for index in range(count)], out)
+    shards = [shard_path(out, index, count) for index in range(count)]
+    people.join_beside(shards, out)
+    tables = [_beside(shard, exposure.SUFFIX) for shard in shards]
+    if all(table.exists() for table in tables):
+        exposure.join(tables, _beside(out, exposure.SUFFIX))
     source = stream.of_panel(replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str))), out)
     job = stream.Job(out, source.layout(_header_lines(request, seed)), source.groups, record)
     stream.start(job)
@@ -359,7 +392,7 @@ def evaluate_command(
     whole = sex_chromosomes.complete  # on X, haplotypes that run from end to end
     real_panel = whole(read_panel(real, samples_tsv=samples))
     synthetic_panel = whole(read_panel(synthetic, samples_tsv=table if table.exists() else None))
-    train_panel = None if train is None else whole(read_panel(train))
+    train_panel = None if train is None else whole(_with_groups(train, samples))
     made = evaluate(
         real_panel, synthetic_panel, train=train_panel, seed=seed, intersect=intersect,
         progress=None if progress is None else lambda done, total: progress("evaluating", done, total),
@@ -372,6 +405,16 @@ def evaluate_command(
                 report(folder, made, seed)
             provenance.write(folder, "genomics evaluate", inputs=inputs, seed=seed, config={"intersect": intersect})
     return result
+
+
+def _with_groups(path: str | Path, samples: str | Path | None) -> HaplotypePanel:
+    """A panel, with groups where the table has all of its people."""
+    panel = read_panel(path)
+    try:
+        group, sex = (None, None) if samples is None else read_samples(samples, panel.samples.ids)
+    except InputError:
+        return panel
+    return replace(panel, samples=replace(panel.samples, group=group, sex=sex)) if group is not None else panel
 
 
 def shard_path(out: str | Path, index: int, count: int) -> Path:

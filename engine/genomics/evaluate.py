@@ -6,6 +6,7 @@ Definitions (each returns a `Finding`; the same metric real against real, train 
     the
                     second and from there to the third are drawn from 1 to 10 SNPs.
     pca_w1          joint PCA of real and synthetic; Wasserstein-1 distance per component, mean of six.
+    pca_w1_group_spread  pca_w1 within each group over that of train in the same group: the worst group's over the best's.
     aats_test       nearest-neighbour adversarial accuracy against real: half the sum of mean[d_TS > d_TT] and
                     mean[d_ST > d_SS], L1 distance, equal n, strict >, self left out; 0.5 is ideal, below is copying.
                     (Yale et al., Neurocomputing 416:244, 2020)
@@ -36,6 +37,7 @@ from engine.kernels import bits, ld, nearest
 MAX_SNPS, MIN_MAF, TRIPLES, COMPONENTS = 3_000, 0.01, 20_000, 6
 TRIPLE_REACH = 10  # neighbours, of the SNPs drawn; triples at random distances are mostly noise (r 0.70 real to real)
 PCA_SITES = 20_000  # above this, evenly spaced sites stand for all
+GROUP_SPREAD = 1.3  # no group is to lie further above its floor than the best one, times this
 FOLDS = 10  # of people, for delete-a-group jackknife intervals
 BOOTSTRAP = 500
 DECAY_EDGES_BP = np.array([0, 1e3, 3e3, 1e4, 3e4, 1e5, 2e5, 3e5, 5e5, 7.5e5, 1e6], dtype=np.int64)
@@ -317,13 +319,10 @@ def _principal_components(
         without = [component_distance(at_real[fold_r != f], at_synthetic[fold_s != f]) for f in range(FOLDS)]
         interval = _jackknife(value, without)
         interval = None if interval is None else (max(0.0, interval[0]), interval[1])  # a distance
-    floor = None if matched is None else component_distance(*joint_components(real, matched, components, seed))
-    per_group = {}
-    if real.group_n is not None and synthetic.group_n is not None:
-        for name, index in real.groups().items():
-            other = synthetic.groups().get(name)
-            if other is not None:
-                per_group[name] = component_distance(at_real[index], at_synthetic[other])
+    at_floor = None if matched is None else joint_components(real, matched, components, seed)
+    floor = None if at_floor is None else component_distance(*at_floor)
+    per_group = _distance_by_group(real, at_real, synthetic, at_synthetic)
+    floors = {} if matched is None or at_floor is None else _distance_by_group(real, at_floor[0], matched, at_floor[1])
     figures: dict[str, Any] = {
         "pca": {
             "real": at_real[:, :2].round(4).tolist(),
@@ -336,9 +335,32 @@ def _principal_components(
     finding = Finding(
         "pca_w1", value, interval=interval, n=size, direction="lower", floor=floor, calibrated_on="train vs real",
         note=note + (f"; {PCA_SITES} of {real.n_sites} sites" if real.n_sites > PCA_SITES else ""),
-        detail={"per_group": per_group} if per_group else {},
+        detail={"per_group": per_group} | ({"per_group_floor": floors} if floors else {}) if per_group else {},
     )  # fmt: skip
-    return [finding], figures
+    to_floor = {name: per_group[name] / floors[name] for name in per_group if floors.get(name, 0.0) > 0}
+    if len(to_floor) < 2:
+        return [finding], figures
+    worst, best = max(to_floor, key=to_floor.__getitem__), min(to_floor, key=to_floor.__getitem__)
+    spread = Finding(
+        "pca_w1_group_spread", to_floor[worst] / to_floor[best], n=size | {"groups": len(to_floor)}, threshold=GROUP_SPREAD,
+        direction="lower", note=f"pca_w1 over its floor, the worst group ({worst}) over the best ({best})",
+        detail={"over_floor": to_floor},
+    )  # fmt: skip
+    return [finding, spread], figures
+
+
+def _distance_by_group(
+    real: HaplotypePanel, at_real: np.ndarray, other: HaplotypePanel, at_other: np.ndarray
+) -> dict[str, float]:
+    """`component_distance` within each group that both have; {} where one has none."""
+    if real.group_n is None or other.group_n is None:
+        return {}
+    theirs = other.groups()
+    return {
+        name: component_distance(at_real[index], at_other[theirs[name]])
+        for name, index in real.groups().items()
+        if name in theirs
+    }
 
 
 def joint_components(

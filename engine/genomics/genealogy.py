@@ -10,8 +10,8 @@ left out:
 - how often an allele with c carriers is younger than the piece that carries it: the share of its carriers whose donor lacks
   it. So many carriers of a site lose it in a round, and as many others get it: alleles younger than their segment are not
   copied, and rare ones arise anew with the panel's frequency spectrum;
-- the rate of swaps, as a multiple of the first: synthetic haplotypes must share with the panel stretches as long as real
-  ones share with the rest of it, in the median, and not longer.
+- the rate of swaps, as a multiple of the first: the longest stretch that a synthetic haplotype shares with the panel is, in
+  the median, RUN_SHARE of what a real one shares with the rest of it.
 
 A swap partner is the one of `candidates` random haplotypes of the group that differs least from the donor at hand within a
 few pieces on both sides. That is a nearest relative in a random sample, which is what a lineage that recombines a few
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 LEARN_SITES, LEARN_HAPLOTYPES = 20_000, 400  # of which the panel's past is learned, at most
 SKETCH_PER_CM, SKETCH_MAF = 512, 0.05  # sites by which haplotypes are told apart
-CONTIG_GAP_CM = 1e5  # between contigs, so that nothing reaches across
+RUN_SHARE = 0.95
 FACTORS = (1 / 16, 16.0)  # of the swap rate over the rate at which pieces end
-_STEPS = 9  # halvings of their range, on a log scale
+_STEPS = 8  # halvings of their range, on a log scale
 _ROUNDS_HELD = 2
 Progress = Callable[[int, int], None]
 
@@ -83,7 +83,7 @@ class Genealogy:
 
 @dataclass(frozen=True)
 class Tables:
-    """What every round of a model needs, by site or group; contigs lie CONTIG_GAP_CM apart.
+    """What every round of a model needs, by site or group; contigs lie `interchange.CONTIG_GAP_CM` apart.
 
     Attributes:
         position_cm: float64 (L,). contig_start: first site of each contig.
@@ -107,7 +107,7 @@ class Tables:
 def tables(model: LiStephens) -> Tables:
     """The tables of a model: one pass over its panel."""
     contig_start = np.flatnonzero(np.isinf(model.distance_l))
-    step_cm = np.where(np.isinf(model.distance_l), CONTIG_GAP_CM, 100 * model.distance_l)
+    step_cm = np.where(np.isinf(model.distance_l), interchange.CONTIG_GAP_CM, 100 * model.distance_l)
     step_cm[0] = 0.0
     position_cm = np.cumsum(step_cm)
     groups = len(model.group_names)
@@ -273,7 +273,7 @@ def _calibrated(model: LiStephens, made: Genealogy, chosen: np.ndarray, progress
         order = np.argsort(np.concatenate(known.donor_g), kind="stable")
         rows_nw = bits.transpose(trial.materialise(joined_paths(parts).take(order[chosen])), len(chosen))
         found = float(np.median(_longest_runs(model, rows_nw, panel_kw, None)))
-        if found > real:
+        if found > RUN_SHARE * real:
             low = np.log(factor)
         else:
             high = np.log(factor)
@@ -343,7 +343,7 @@ def round_paths(model: LiStephens, known: Tables, group: int, number: int, seed:
     if failed:
         name = model.group_names[group]
         raise UsageError(
-            f"enough donors in group '{name}' for pieces of {config.max_donor_cm:g} cM, each once in a person",
+            f"enough donors in group '{name}' for {config.max_donor_cm:g} cM of each in a person",
             f"{k} haplotypes", "max_donor_cm", "a larger value, or none",
         )  # fmt: skip
     order = np.argsort(slot_s, kind="stable")
@@ -381,6 +381,12 @@ def _pairs(model: LiStephens) -> np.ndarray:
     """int64 (G,): people in a round of each group."""
     size_g = np.bincount(model.group_of_haplotype_k, minlength=len(model.group_names))
     return np.maximum(size_g // 2, 1)
+
+
+def round_people(model: LiStephens, group: str | None) -> int:
+    """People of one round, or of one of a group that was asked for."""
+    pairs_g = _pairs(model)
+    return int(pairs_g.sum() if group is None else pairs_g[model.group_index(group)])
 
 
 def paths(

@@ -96,6 +96,21 @@ class HeldPaths:
             flip_offset_n=flips, flip_site_f=flip_f,
         )  # fmt: skip
 
+    def segments(self, pack: bytes | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the people of one pack: offsets int64 (haplotypes + 1,), first site and donor of each segment, int64; a
+        segment is cut where a stretch begins."""
+        stretches, haplotypes, _ = np.frombuffer(_bytes(pack, 0, 24), dtype="<i8").tolist()
+        owner, start, donor = [], [], []
+        for stretch in range(stretches):
+            segment_n, _, start_s, donor_s, _ = _read(pack, stretch, self.model.k)
+            owner.append(np.repeat(np.arange(haplotypes), segment_n))
+            start.append(stretch * STRETCH + start_s.astype(np.int64))
+            donor.append(donor_s.astype(np.int64))
+        owner_s, start_s, donor_s = np.concatenate(owner), np.concatenate(start), np.concatenate(donor)
+        order = np.argsort(owner_s, kind="stable")
+        owner_s, start_s, donor_s = owner_s[order], start_s[order], donor_s[order]
+        return np.searchsorted(owner_s, np.arange(haplotypes + 1)), start_s, donor_s
+
 
 def hold(model: Any, paths: Any, group_n: np.ndarray) -> HeldPaths:
     """Paths that are drawn already, in memory."""

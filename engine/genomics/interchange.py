@@ -2,19 +2,22 @@
 
 The compiled half of `genealogy`: arrays in, arrays out. It walks along the sites once. At the start of a contig donors are
 dealt to slots at random. At a swap two slots exchange their donors: one donor is drawn at random, the other is the one of
-`candidates` random donors whose alleles around the site differ least from its own. Where a segment has reached the longest
-permitted length the swap is forced. Alleles change where `genealogy` asks for it: as many carriers of a site's rarer allele
-lose it as others get it, or, at sites where nothing is copied, so many slots get it.
+`candidates` random donors whose alleles around the site differ least from its own. Where a person has copied from a donor
+as much as is permitted the swap is forced. Alleles change where `genealogy` asks for it: as many carriers of a site's rarer
+allele lose it as others get it, or, at sites where nothing is copied, so many slots get it.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import numba
 import numpy as np
 
 DEAL, SWAP, YOUNG, NEW = 0, 1, 2, 3  # kinds of events, in the order in which they happen at one site
+CONTIG_GAP_CM = 1e5  # between contigs, so that nothing reaches across
+_LEAST = 0.125  # of the budget: with less left, a donor is not taken again
 _FORCED_TRIES = 64  # times `candidates`, before a forced swap is given up
 
 
@@ -42,14 +45,42 @@ def _ones(x: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _had(person: Any, donor: Any, last_p: Any, before_s: Any, donor_s: Any) -> Any:
-    """Whether a person has copied from a donor."""
-    at = last_p[person]
+def _left_cm(
+    person: Any, donor: Any, site: Any, longest_cm: Any, last_p: Any, before_s: Any, site_s: Any, end_s: Any,
+    donor_s: Any, position_cm: Any,
+) -> Any:  # fmt: skip
+    """Of what a person may copy from a donor, what is left where its next piece begins at `site`; 0 where it is little.
+
+    A piece reaches up to the site where the next one begins, at the end of a contig to its last site.
+    """
+    left, at = longest_cm, last_p[person]
     while at >= 0:
         if donor_s[at] == donor:
-            return True
+            end = end_s[at] if end_s[at] >= 0 else site
+            left -= _length_cm(position_cm, site_s[at], end)
         at = before_s[at]
-    return False
+    least = _LEAST * longest_cm
+    if site + 1 < len(position_cm):
+        least = max(least, _length_cm(position_cm, site, site + 1))
+    return left if left >= least else 0.0
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _length_cm(position_cm: Any, start: Any, end: Any) -> Any:
+    if end <= start:
+        return 0.0
+    if end == len(position_cm) or position_cm[end] - position_cm[end - 1] >= CONTIG_GAP_CM:
+        end -= 1
+    return position_cm[end] - position_cm[start]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _due(position_cm: Any, site: Any, left: Any) -> Any:
+    """The last site up to which no more than `left` is copied, as int64."""
+    last = np.searchsorted(position_cm, position_cm[site] + left, side="right") - 1
+    if last + 1 == len(position_cm) or position_cm[last + 1] - position_cm[last] >= CONTIG_GAP_CM:
+        return np.int64(last + 1)
+    return np.int64(last)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -66,7 +97,7 @@ def walk(
         bits_lw, minor_l: packed panel (L, words) and the rarer allele of each site, uint8 (L,).
         donor_k: int64 (K,), where in the panel the group's haplotypes are.
         position_cm: float64 (L,), never falling, contigs one after another.
-        longest_cm: no segment copies more, and nobody copies twice from one donor; inf for no such rule.
+        longest_cm: the most that is copied from a donor into one person (slots 2p and 2p + 1); inf for no such rule.
         state: uint64 (1,), of the random numbers.
 
     Returns:
@@ -78,6 +109,9 @@ def walk(
     room = 4 * k + 2 * len(event_site_e)
     slot_s, site_s = np.empty(room, np.int64), np.empty(room, np.int64)
     donor_s, before_s = np.empty(room, np.int64), np.empty(room, np.int64)
+    end_s = np.empty(room, np.int64)
+    due = [(np.int64(0), np.int64(-1))]  # where a segment has used up what its person may copy; a heap
+    due.pop()
     flips = 0
     for e in range(len(event_site_e)):
         if event_kind_e[e] == YOUNG:
@@ -88,53 +122,58 @@ def walk(
     holder_k, held_n = np.arange(k), np.arange(k)  # slot of a donor, donor of a slot
     now_n, last_p = np.full(k, -1), np.full(k // 2 + 1, -1)  # a slot's last segment, a person's
     chosen = np.empty(k, np.int64)
-    made = flipped = due = failed = e = 0
+    made = flipped = failed = e = 0
     while True:
         # the next thing that happens: an event, or a segment that has become too long
         site, forced = len(position_cm), -1
         if e < len(event_site_e):
             site = event_site_e[e]
-        if bounded:
-            while due < made and now_n[slot_s[due]] != due:
-                due += 1
-            if due < made:
-                ends = np.searchsorted(position_cm, position_cm[site_s[due]] + longest_cm, side="right")
-                if ends < site or (ends == site and site < len(position_cm) and event_kind_e[e] != DEAL):
-                    site, forced = ends, slot_s[due]
-                    due += 1
+        while len(due) > 0 and end_s[due[0][1]] >= 0:
+            heapq.heappop(due)
+        if len(due) > 0:
+            ends = int(due[0][0])
+            if ends < site or (ends == site and site < len(position_cm) and event_kind_e[e] != DEAL):
+                site, forced = ends, slot_s[due[0][1]]
+                heapq.heappop(due)
         if site >= len(position_cm):
             break
         if made + 2 * k + 2 > len(slot_s):
             more = 2 * len(slot_s)
-            old = slot_s, site_s, donor_s, before_s
-            slot_s, site_s = np.empty(more, np.int64), np.empty(more, np.int64)
-            donor_s, before_s = np.empty(more, np.int64), np.empty(more, np.int64)
-            slot_s[:made], site_s[:made], donor_s[:made], before_s[:made] = (
-                old[0][:made], old[1][:made], old[2][:made], old[3][:made],
-            )  # fmt: skip
+            slot_s, site_s, donor_s = _grown(slot_s, more), _grown(site_s, more), _grown(donor_s, more)
+            before_s, end_s = _grown(before_s, more), _grown(end_s, more)
         if forced < 0 and event_kind_e[e] == DEAL:
             for i in range(k - 1, 0, -1):
                 j = _below(state, i + 1)
                 held_n[i], held_n[j] = held_n[j], held_n[i]
             for n in range(k):
-                if bounded:  # a donor that its person has had changes places with another slot's
+                if now_n[n] >= 0:
+                    end_s[now_n[n]] = site
+            if bounded:  # who may not copy from a donor any more changes places with somebody
+                for n in range(k):
                     tries = 0
-                    while tries < 8 * k and _had(n >> 1, held_n[n], last_p, before_s, donor_s):
+                    while tries < 8 * k and _left_cm(
+                        n >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                    ) <= 0:  # fmt: skip
                         m = _below(state, k)
-                        taken = m < n and _had(m >> 1, held_n[n], last_p, before_s, donor_s)
-                        if not taken and not (m < n and m >> 1 == n >> 1):
-                            if m < n:
-                                donor_s[now_n[m]] = held_n[n]
+                        if _left_cm(
+                            m >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        ) > 0 and _left_cm(
+                            n >> 1, held_n[m], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        ) > 0:  # fmt: skip
                             held_n[n], held_n[m] = held_n[m], held_n[n]
                         tries += 1
-                    if tries == 8 * k:
-                        failed += 1
-                slot_s[made], site_s[made], donor_s[made], before_s[made] = n, site, held_n[n], last_p[n >> 1]
-                now_n[n] = last_p[n >> 1] = made
-                made += 1
+                    failed += tries == 8 * k
             for n in range(k):
                 holder_k[held_n[n]] = n
-            due = made - k
+                slot_s[made], site_s[made], donor_s[made] = n, site, held_n[n]
+                before_s[made], end_s[made] = last_p[n >> 1], -1
+                if bounded:
+                    left = _left_cm(
+                        n >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                    )
+                    heapq.heappush(due, (_due(position_cm, site, left), np.int64(made)))
+                now_n[n] = last_p[n >> 1] = made
+                made += 1
         elif forced >= 0 or event_kind_e[e] == SWAP:
             i = held_n[forced] if forced >= 0 else _below(state, k)
             low, high = low_l[site], high_l[site]
@@ -153,12 +192,23 @@ def walk(
                     continue
                 if bounded:
                     x, y = holder_k[i] >> 1, holder_k[other] >> 1
-                    if _had(x, other, last_p, before_s, donor_s) or _had(y, i, last_p, before_s, donor_s):
+                    if _left_cm(
+                        x, other, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                    ) <= 0 or _left_cm(
+                        y, i, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                    ) <= 0:  # fmt: skip
                         continue
                 best, j = differ, other
             if j >= 0:
                 for donor, slot in ((i, holder_k[j]), (j, holder_k[i])):
-                    slot_s[made], site_s[made], donor_s[made], before_s[made] = slot, site, donor, last_p[slot >> 1]
+                    end_s[now_n[slot]] = site
+                    slot_s[made], site_s[made], donor_s[made] = slot, site, donor
+                    before_s[made], end_s[made] = last_p[slot >> 1], -1
+                    if bounded:
+                        left = _left_cm(
+                            slot >> 1, donor, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        )
+                        heapq.heappush(due, (_due(position_cm, site, left), np.int64(made)))
                     now_n[slot] = last_p[slot >> 1] = made
                     made += 1
                     held_n[slot] = donor
@@ -183,6 +233,13 @@ def walk(
         if forced < 0:
             e += 1
     return slot_s[:made], site_s[:made], donor_s[:made], flip_slot_f, flip_site_f, failed
+
+
+@numba.njit(cache=True, nogil=True)
+def _grown(values: Any, size: Any) -> Any:
+    more = np.empty(size, np.int64)
+    more[: len(values)] = values
+    return more
 
 
 @numba.njit(cache=True, nogil=True)

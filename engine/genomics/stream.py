@@ -220,6 +220,7 @@ class Source:
     rows: Rows
     joinable: GenotypeData
     sex: list[str] | None = None
+    held: HeldPaths | None = None  # the paths, where alleles are made of them
 
     def layout(self, header_lines: list[str]) -> Layout:
         return Layout(self.head, genotypes.record_starts(self.joinable), tuple(header_lines), self.sex)
@@ -283,7 +284,7 @@ def of_paths(held: HeldPaths, groups: np.ndarray, *, start: int = 0, sex: list[s
         joinable, bits_lw=genotypes.without_alleles(model.n_sites, 2 * n), n_haplotypes=2 * n, haplotypes_of_sample=first,
         sample_ids=synthetic_ids(start, n),
     )  # fmt: skip
-    return Source(head, groups, held.rows, joinable, sex)
+    return Source(head, groups, held.rows, joinable, sex, held)
 
 
 def panel_of(job: Job) -> HaplotypePanel:

@@ -36,6 +36,7 @@ ALLOWED = (
     ".csv", ".tsv", ".json",
 )  # fmt: skip
 _STAYS = "provenance.json"  # of the run, or FILE.provenance.json; read, reduced, never copied
+_STAYS_HERE = "exposure.tsv"  # FILE.exposure.tsv: what each training haplotype gave; never read, never copied
 _NEXT = "engine audit ... --out DIR writes one"
 
 
@@ -85,7 +86,7 @@ def release(
     audit = read_audit(audit_path)
     if audit["verdict"] != "pass":
         raise GateRefused("an audit that passed", f"verdict '{audit['verdict']}'", audit_path, "see its reasons")
-    present = {e["path"]: e for e in hash_files(source) if not e["path"].endswith(_STAYS)}
+    present = {e["path"]: e for e in hash_files(source) if not e["path"].endswith((_STAYS, _STAYS_HERE))}
     _check_bytes(present, audit["audited"], audit_path)
     for name in present:
         if not name.lower().endswith(ALLOWED) or any(part.startswith(".") for part in PurePosixPath(name).parts):
@@ -233,7 +234,7 @@ def read_audit(path: Path) -> dict[str, Any]:
 
 
 def _check_bytes(present: Mapping[str, Mapping[str, Any]], audited: list[dict[str, Any]], audit_path: Path) -> None:
-    known = {e["path"]: e["sha256"] for e in audited if not e["path"].endswith(_STAYS)}
+    known = {e["path"]: e["sha256"] for e in audited if not e["path"].endswith((_STAYS, _STAYS_HERE))}
     if not known:
         raise GateRefused("the hashes of the audited files", "none", audit_path, "audit files, not arrays")
     extra, missing = sorted(set(present) - set(known)), sorted(set(known) - set(present))
