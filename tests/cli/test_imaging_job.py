@@ -18,6 +18,10 @@ TINY = [
     "--set", "sampling.steps=3",
 ]  # fmt: skip
 
+QUICKLY = [
+    "--set", "extractor.volumes.steps=10", "--set", "extractor.slices.steps=10", "--set", "segmenter.steps=10",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def hippocampus(real_data, tmp_path_factory, engine):
@@ -63,7 +67,11 @@ def test_evaluate_and_audit(hippocampus, good, engine, tmp_path):
     run = hippocampus / "run"
     good("imaging", "sample", run, "-n", 24, "--out", tmp_path / "synthetic")
     judged = good("imaging", "evaluate", "--real", run / "holdout.csv", "--train", run / "train.csv",
-                  "--synthetic", tmp_path / "synthetic", "--out", tmp_path / "evaluation")  # fmt: skip
+                  "--synthetic", tmp_path / "synthetic", "--out", tmp_path / "evaluation", *QUICKLY)  # fmt: skip
+    named = {f["name"]: f for f in judged["findings"]}
+    assert named["frechet_self_3d"]["verdict"] == named["frechet_self_25d"]["verdict"] == "fail"
+    assert {"region_w1_1", "region_w1_2", "pair_ms_ssim"} <= set(named)
+    assert len(list((run / "cache").glob("*.safetensors"))) >= 3  # encoders and segmenter, for the next evaluation
     frechet = next(f for f in judged["findings"] if f["name"] == "frechet_shape")
     assert frechet["value"] > frechet["floor"] > 0
     assert frechet["n"] >= 8

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy.stats import wasserstein_distance
 
 from engine.audit.authenticity import prdc_rows
@@ -112,8 +114,12 @@ def assess(
         findings += found
     findings += _diversity(sets)
     tell("covariates", 2, steps)
+    base = sets.unseen.take(sets.base)
     fitted_rows, unseen_rows, made_rows = described["rows"]
-    base_rows, base = unseen_rows[sets.base], sets.unseen.take(sets.base)
+    fitted_rows, base_rows, made_rows = (
+        np.concatenate([rows, _coarse(side.x_ndhw)], axis=1)
+        for rows, side in ((fitted_rows, fitted), (unseen_rows[sets.base], base), (made_rows, sets.made))
+    )
     for name in _shared(train, synthetic, config):
         kind = kind_of(fitted.covariates, name)
         if kind is not None:
@@ -132,6 +138,12 @@ def assess(
         findings += class_utility(train, synthetic, real, name, config, seed, place)
     tell("done", steps, steps)
     return Assessment(findings, networks)
+
+
+def _coarse(x_ndhw: np.ndarray) -> np.ndarray:
+    """Mean intensity of 4 x 4 x 4 blocks, (n, 64): the encoder's description does not say where things are."""
+    x = torch.from_numpy(np.ascontiguousarray(x_ndhw, dtype=np.float32))[:, None]
+    return F.adaptive_avg_pool3d(x, (4, 4, 4)).flatten(1).double().numpy()
 
 
 def _sets(real: Side, spare: Side, synthetic: Side, config: QualityConfig, seed: int) -> _Sets:
@@ -188,7 +200,7 @@ def _of_volumes(
 ) -> tuple[list[Finding], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Frechet, KID, MMD, precision, recall, density and coverage of a 3D extractor; and its features of all three sets."""
     rows = [volume_features(extractor, side.x_ndhw) for side in (fitted, sets.unseen, sets.made)]
-    project, kept, explained = reducer(rows[0], config.extractor.components)
+    project, kept, explained = reducer(rows[0], config.extractor.components, extractor.levels)
     seen, unseen, made = (project(x) for x in rows)
     width = bandwidth(seen)
     name, note = f"{extractor.name}_3d", f"{kept} components ({explained:.0%} of variance) of a {extractor.note}"
@@ -208,7 +220,7 @@ def _of_slices(extractor: Extractor, fitted: Side, sets: _Sets, config: QualityC
     parts: dict[str, list[np.ndarray]] = {"unseen": [], "made": []}
     for plane in PLANES:
         flat = rows[0][plane].reshape(-1, rows[0][plane].shape[-1])
-        project, kept, _ = reducer(flat, config.extractor.components)
+        project, kept, _ = reducer(flat, config.extractor.components, extractor.levels)
         parts["unseen"].append(project(rows[1][plane]))
         parts["made"].append(project(rows[2][plane]))
     ends = np.cumsum([p.shape[1] for p in parts["unseen"]])[:-1]
@@ -273,8 +285,8 @@ def _diversity(sets: _Sets) -> list[Finding]:
         return [Finding("pair_ms_ssim", float("nan"), n=sets.n, verdict="void", note=note)]
 
     def interval(values: np.ndarray) -> tuple[float, float]:
-        error = 1.96 * float(values.std(ddof=1)) / np.sqrt(len(values))
-        return float(values.mean()) - error, float(values.mean()) + error
+        error = 1.96 * float(values.std(ddof=1) / np.sqrt(len(values)))
+        return float(values.mean() - error), float(values.mean() + error)
 
     scales = scales_of(sets.made.x_ndhw.shape[1:])
     note = f"mean MS-SSIM of pairs within a set, {scales} scales; above the floor = less diverse"

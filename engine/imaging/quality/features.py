@@ -49,6 +49,7 @@ class Extractor:
         kind: "3d": one row of features per scan; "2.5d": per plane and slice.
         sha256: of the weights.
         note: how it came to be, for the findings.
+        levels: how many features each level gives; distances let every level count alike.
     """
 
     name: str
@@ -56,24 +57,27 @@ class Extractor:
     sha256: str
     note: str
     network: nn.Module
+    levels: tuple[int, ...] = ()
 
 
 class Encoder(nn.Module):
-    """MONAI's ResNet with four narrow levels and group normalisation; gives the means of every level's channels, (b, 240)."""
+    """A convolution and four residual units (MONAI) with group normalisation, each halving the grid after the first; gives the
+    means of every level's channels, (b, 240)."""
 
     def __init__(self, dimensions: int) -> None:
         super().__init__()
-        from monai.networks.nets.resnet import ResNet
+        from monai.networks.blocks import Convolution, ResidualUnit
 
-        self.net = ResNet(
-            "basic", [1, 1, 1, 1], list(_WIDTHS), dimensions, 1, conv1_t_size=3, conv1_t_stride=2, no_max_pool=True,
-            feed_forward=False, norm=("group", {"num_groups": 4}),
-        )  # fmt: skip
+        norm = ("group", {"num_groups": 4})
+        self.stem = Convolution(dimensions, 1, _WIDTHS[0], strides=2, norm=norm)
+        self.levels = nn.ModuleList()
+        for k, (before, after) in enumerate(zip((_WIDTHS[0], *_WIDTHS), _WIDTHS)):
+            self.levels.append(ResidualUnit(dimensions, before, after, strides=1 if k == 0 else 2, norm=norm))
 
     def forward(self, x_bc: Tensor) -> Tensor:
-        h = self.net.act(self.net.bn1(self.net.conv1(x_bc)))
+        h = self.stem(x_bc)
         means = []
-        for level in (self.net.layer1, self.net.layer2, self.net.layer3, self.net.layer4):
+        for level in self.levels:
             h = level(h)
             means.append(h.flatten(2).mean(dim=2))
         return torch.cat(means, dim=1)
@@ -93,7 +97,7 @@ def learned_extractors(
             f"encoder-{dimensions}d", Encoder(dimensions), learn, [settings.model_dump(mode="json"), seed], [x_ndhw], cache
         )  # fmt: skip
         note = f"self-supervised {kind} encoder, {settings.steps} steps on {len(x_ndhw)} scans of the training side"
-        made.append(Extractor("self", kind, sha256, note, network.to(device).eval()))  # type: ignore[arg-type]
+        made.append(Extractor("self", kind, sha256, note, network.to(device).eval(), _WIDTHS))  # type: ignore[arg-type]
     return made
 
 
@@ -338,21 +342,37 @@ def slice_features(extractor: Extractor, x_ndhw: np.ndarray) -> dict[str, np.nda
     return found
 
 
-def reducer(x_nf: np.ndarray, components: int) -> tuple[Callable[[np.ndarray], np.ndarray], int, float]:
+def reducer(
+    x_nf: np.ndarray, components: int, levels: Sequence[int] = ()
+) -> tuple[Callable[[np.ndarray], np.ndarray], int, float]:
     """Projection of standardised features on their leading principal components, fitted on x_nf: (function of (..., f),
-    components kept, share of variance). The mean variance of the components is 1, so that distances of different
-    extractors have one scale.
+    components kept, share of variance, the least of all levels). Every component has variance 1 on x_nf: sizes and
+    positions of organs vary far more than their texture does, and would drown it.
+
+    Args:
+        levels: numbers of features of groups, each of which gives the same number of components; default: one group.
     """
     from sklearn.decomposition import PCA
 
-    mean, deviation = x_nf.mean(axis=0), x_nf.std(axis=0)
-    deviation = np.where(deviation > 1e-6 * max(1e-12, float(deviation.max())), deviation, np.inf)  # dead channels
-    kept = max(2, min(components, len(x_nf) // 4, x_nf.shape[1]))
-    pca = PCA(kept, svd_solver="full").fit((x_nf - mean) / deviation)
-    scale = float(np.sqrt(pca.explained_variance_.mean())) or 1.0
+    groups = list(levels) or [x_nf.shape[1]]
+    kept = max(2, min(components, len(x_nf) // 4) // len(groups))
+    parts, start = [], 0
+    for count in groups:
+        x = x_nf[:, start : start + count]
+        mean, deviation = x.mean(axis=0), x.std(axis=0)
+        # a channel that hardly ever answers would make one odd scan the whole distance
+        deviation = np.maximum(deviation, max(0.1 * float(np.median(deviation)), 1e-12))
+        pca = PCA(min(kept, count), svd_solver="full").fit((x - mean) / deviation)
+        parts.append((slice(start, start + count), mean, deviation, pca))
+        start += count
 
     def project(x: np.ndarray) -> np.ndarray:
-        flat = pca.transform((x.reshape(-1, x.shape[-1]) - mean) / deviation) / scale
-        return np.asarray(flat.reshape(*x.shape[:-1], kept))
+        flat, made = x.reshape(-1, x.shape[-1]), []
+        for here, mean, deviation, pca in parts:
+            unit = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
+            made.append(pca.transform((flat[:, here] - mean) / deviation) / unit)
+        joined = np.concatenate(made, axis=1)
+        return joined.reshape(*x.shape[:-1], joined.shape[1])
 
-    return project, kept, float(pca.explained_variance_ratio_.sum())
+    explained = min(float(pca.explained_variance_ratio_.sum()) for *_, pca in parts)
+    return project, sum(pca.n_components_ for *_, pca in parts), explained
