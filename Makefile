@@ -18,6 +18,7 @@ demo: env        ## the main job on the embedded cohort; ends in runs/demo/repor
 test:            ## lint, types and tests
 	@bash scripts/make_env.sh demo,test
 	@bash scripts/test_tools.sh
+	@bash scripts/federated_env.sh || echo "[federated] no Flower: the tests of its example are skipped" >&2
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile

@@ -143,9 +143,9 @@ def federation(folder: Path) -> Iterator[Federation]:
     made = Federation(folder, port, {}, environment)
     try:
         made.start(
-            "superlink", "flower-superlink", "--ssl-ca-certfile", str(tls / "ca.pem"),
-            "--ssl-certfile", str(tls / "server.pem"), "--ssl-keyfile", str(tls / "server.key"), "--host", "127.0.0.1", "--port", str(port),
-            "--disable-runtime-dependency-installation",
+            "superlink", "flower-superlink", "--disable-runtime-dependency-installation",
+            "--ssl-ca-certfile", str(tls / "ca.pem"), "--ssl-certfile", str(tls / "server.pem"),
+            "--ssl-keyfile", str(tls / "server.key"), "--host", "127.0.0.1", "--port", str(port),
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:

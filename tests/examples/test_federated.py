@@ -141,9 +141,11 @@ def test_counts_of_two_institutions_over_tls(tmp_path: Path, running: Federation
         urlopen(f"https://127.0.0.1:{running.port}/", timeout=20)
     with pytest.raises(OSError):
         urlopen(f"http://127.0.0.1:{running.port}/", timeout=20)
-    with socket.create_connection(("127.0.0.1", running.port), 20) as plain:
-        with trusting.wrap_socket(plain, server_hostname="127.0.0.1") as secured:
-            assert secured.version() in ("TLSv1.2", "TLSv1.3")
+    with (
+        socket.create_connection(("127.0.0.1", running.port), 20) as plain,
+        trusting.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+    ):
+        assert secured.version() in ("TLSv1.2", "TLSv1.3")
 
 
 @pytest.mark.slow  # two audits
