@@ -272,11 +272,11 @@ def _calibrated(model: LiStephens, made: Genealogy, chosen: np.ndarray, progress
         parts = [round_paths(trial, known, g, 0, 0, "learn") for g in range(len(model.group_names))]
         order = np.argsort(np.concatenate(known.donor_g), kind="stable")
         rows_nw = bits.transpose(trial.materialise(joined_paths(parts).take(order[chosen])), len(chosen))
-        found = float(np.median(_longest_runs(model, rows_nw, panel_kw, None)))
-        if found > RUN_SHARE * real:
+        shared = float(np.median(_longest_runs(model, rows_nw, panel_kw, None)))
+        if shared > RUN_SHARE * real:
             low = np.log(factor)
         else:
-            high = np.log(factor)
+            high, found = np.log(factor), shared
         if progress is not None:
             progress(_STEPS * len(chosen) + (step + 1) * len(chosen), 2 * _STEPS * len(chosen))
     return replace(made, swap_factor=float(np.exp(high)), run_bp=[real, found])
@@ -331,16 +331,19 @@ def round_paths(model: LiStephens, known: Tables, group: int, number: int, seed:
     count_e = np.concatenate([np.zeros(sizes[0] + sizes[1], np.int64), young_l[young_e], new_r[new_e]])
     order = np.lexsort((kind_e, site_e))
     reach_cm = config.reach * genealogy.piece_cm[group]
+    budget_cm = config.max_donor_cm
+    if budget_cm is None and config.max_donor_pieces > 0:  # as far as the group has the donors for it
+        budget_cm = max(config.max_donor_pieces * genealogy.piece_cm[group], 8 * length_cm / k)
     low_l = np.searchsorted(known.sketch_cm, known.position_cm - reach_cm, side="left") >> 6
     high_l = (np.searchsorted(known.sketch_cm, known.position_cm + reach_cm, side="right") + 63) >> 6
     slot_s, start_s, donor_s, flip_slot_f, flip_site_f, failed = interchange.walk(
         site_e[order].astype(np.int64), kind_e[order].astype(np.int64), count_e[order].astype(np.int64),
         np.ascontiguousarray(known.sketch_kw[donors]), low_l.astype(np.int32), high_l.astype(np.int32), model.bits_lw,
         donors, known.minor_l, known.position_cm, config.candidates,
-        np.inf if config.max_donor_cm is None else float(config.max_donor_cm),
+        np.inf if budget_cm is None else float(budget_cm),
         rng.integers(0, 2**63, 1).astype(np.uint64),
     )  # fmt: skip
-    if failed:
+    if failed and config.max_donor_cm is not None:
         name = model.group_names[group]
         raise UsageError(
             f"enough donors in group '{name}' for {config.max_donor_cm:g} cM of each in a person",

@@ -45,24 +45,54 @@ def _ones(x: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
+def _place(key_h: Any, key: Any) -> Any:
+    """Where a key is in a hash table with open addressing, or the free place where it belongs; 0 is no key."""
+    mask = len(key_h) - 1
+    at = np.int64(_mixed(key) & np.uint64(mask))
+    while key_h[at] != 0 and key_h[at] != key:
+        at = (at + 1) & mask
+    return at
+
+
+@numba.njit(cache=True, nogil=True)
 def _left_cm(
-    person: Any, donor: Any, site: Any, longest_cm: Any, last_p: Any, before_s: Any, site_s: Any, end_s: Any,
-    donor_s: Any, position_cm: Any,
+    person: Any, donor: Any, site: Any, longest_cm: Any, key_h: Any, used_h: Any, holder_k: Any, now_n: Any,
+    site_s: Any, position_cm: Any,
 ) -> Any:  # fmt: skip
     """Of what a person may copy from a donor, what is left where its next piece begins at `site`; 0 where it is little.
 
     A piece reaches up to the site where the next one begins, at the end of a contig to its last site.
     """
-    left, at = longest_cm, last_p[person]
-    while at >= 0:
-        if donor_s[at] == donor:
-            end = end_s[at] if end_s[at] >= 0 else site
-            left -= _length_cm(position_cm, site_s[at], end)
-        at = before_s[at]
+    at = _place(key_h, np.uint64(person * len(holder_k) + donor + 1))
+    left = longest_cm - (used_h[at] if key_h[at] != 0 else 0.0)
+    slot = holder_k[donor]
+    if slot >> 1 == person and now_n[slot] >= 0:
+        left -= _length_cm(position_cm, site_s[now_n[slot]], site)
     least = _LEAST * longest_cm
     if site + 1 < len(position_cm):
         least = max(least, _length_cm(position_cm, site, site + 1))
     return left if left >= least else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _close(
+    person: Any, donor: Any, length_cm: Any, key_h: Any, used_h: Any, count: Any, k: Any
+) -> tuple[Any, Any, Any]:
+    """Add a piece to what a person has copied from a donor; the table, grown where it was half full, and its keys."""
+    if 2 * count >= len(key_h):
+        more_h, more_used_h = np.zeros(2 * len(key_h), np.uint64), np.zeros(2 * len(key_h), np.float64)
+        for old in range(len(key_h)):
+            if key_h[old] != 0:
+                at = _place(more_h, key_h[old])
+                more_h[at], more_used_h[at] = key_h[old], used_h[old]
+        key_h, used_h = more_h, more_used_h
+    key = np.uint64(person * k + donor + 1)
+    at = _place(key_h, key)
+    if key_h[at] == 0:
+        key_h[at] = key
+        count += 1
+    used_h[at] += length_cm
+    return key_h, used_h, count
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -108,8 +138,8 @@ def walk(
     bounded = longest_cm < np.inf
     room = 4 * k + 2 * len(event_site_e)
     slot_s, site_s = np.empty(room, np.int64), np.empty(room, np.int64)
-    donor_s, before_s = np.empty(room, np.int64), np.empty(room, np.int64)
-    end_s = np.empty(room, np.int64)
+    donor_s = np.empty(room, np.int64)
+    key_h, used_h, pairs = np.zeros(1 << 10, np.uint64), np.zeros(1 << 10, np.float64), 0
     due = [(np.int64(0), np.int64(-1))]  # where a segment has used up what its person may copy; a heap
     due.pop()
     flips = 0
@@ -120,7 +150,7 @@ def walk(
             flips += event_count_e[e]
     flip_slot_f, flip_site_f = np.empty(flips, np.int64), np.empty(flips, np.int64)
     holder_k, held_n = np.arange(k), np.arange(k)  # slot of a donor, donor of a slot
-    now_n, last_p = np.full(k, -1), np.full(k // 2 + 1, -1)  # a slot's last segment, a person's
+    now_n = np.full(k, -1)  # a slot's last segment
     chosen = np.empty(k, np.int64)
     made = flipped = failed = e = 0
     while True:
@@ -128,7 +158,7 @@ def walk(
         site, forced = len(position_cm), -1
         if e < len(event_site_e):
             site = event_site_e[e]
-        while len(due) > 0 and end_s[due[0][1]] >= 0:
+        while len(due) > 0 and now_n[slot_s[due[0][1]]] != due[0][1]:
             heapq.heappop(due)
         if len(due) > 0:
             ends = int(due[0][0])
@@ -140,25 +170,27 @@ def walk(
         if made + 2 * k + 2 > len(slot_s):
             more = 2 * len(slot_s)
             slot_s, site_s, donor_s = _grown(slot_s, more), _grown(site_s, more), _grown(donor_s, more)
-            before_s, end_s = _grown(before_s, more), _grown(end_s, more)
         if forced < 0 and event_kind_e[e] == DEAL:
             for i in range(k - 1, 0, -1):
                 j = _below(state, i + 1)
                 held_n[i], held_n[j] = held_n[j], held_n[i]
-            for n in range(k):
-                if now_n[n] >= 0:
-                    end_s[now_n[n]] = site
             if bounded:  # who may not copy from a donor any more changes places with somebody
+                for n in range(k):
+                    if now_n[n] >= 0:
+                        at = now_n[n]
+                        length_cm = _length_cm(position_cm, site_s[at], site)
+                        key_h, used_h, pairs = _close(n >> 1, donor_s[at], length_cm, key_h, used_h, pairs, k)
+                        now_n[n] = -1
                 for n in range(k):
                     tries = 0
                     while tries < 8 * k and _left_cm(
-                        n >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        n >> 1, held_n[n], site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                     ) <= 0:  # fmt: skip
                         m = _below(state, k)
                         if _left_cm(
-                            m >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                            m >> 1, held_n[n], site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                         ) > 0 and _left_cm(
-                            n >> 1, held_n[m], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                            n >> 1, held_n[m], site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                         ) > 0:  # fmt: skip
                             held_n[n], held_n[m] = held_n[m], held_n[n]
                         tries += 1
@@ -166,13 +198,12 @@ def walk(
             for n in range(k):
                 holder_k[held_n[n]] = n
                 slot_s[made], site_s[made], donor_s[made] = n, site, held_n[n]
-                before_s[made], end_s[made] = last_p[n >> 1], -1
                 if bounded:
                     left = _left_cm(
-                        n >> 1, held_n[n], site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        n >> 1, held_n[n], site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                     )
                     heapq.heappush(due, (_due(position_cm, site, left), np.int64(made)))
-                now_n[n] = last_p[n >> 1] = made
+                now_n[n] = made
                 made += 1
         elif forced >= 0 or event_kind_e[e] == SWAP:
             i = held_n[forced] if forced >= 0 else _below(state, k)
@@ -193,26 +224,31 @@ def walk(
                 if bounded:
                     x, y = holder_k[i] >> 1, holder_k[other] >> 1
                     if _left_cm(
-                        x, other, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        x, other, site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                     ) <= 0 or _left_cm(
-                        y, i, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                        y, i, site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                     ) <= 0:  # fmt: skip
                         continue
                 best, j = differ, other
             if j >= 0:
-                for donor, slot in ((i, holder_k[j]), (j, holder_k[i])):
-                    end_s[now_n[slot]] = site
+                x, y = holder_k[i], holder_k[j]
+                if bounded:
+                    for slot in (x, y):
+                        at = now_n[slot]
+                        length_cm = _length_cm(position_cm, site_s[at], site)
+                        key_h, used_h, pairs = _close(slot >> 1, donor_s[at], length_cm, key_h, used_h, pairs, k)
+                        now_n[slot] = -1
+                holder_k[i], holder_k[j] = y, x
+                for donor, slot in ((i, y), (j, x)):
                     slot_s[made], site_s[made], donor_s[made] = slot, site, donor
-                    before_s[made], end_s[made] = last_p[slot >> 1], -1
+                    held_n[slot] = donor
                     if bounded:
                         left = _left_cm(
-                            slot >> 1, donor, site, longest_cm, last_p, before_s, site_s, end_s, donor_s, position_cm
+                            slot >> 1, donor, site, longest_cm, key_h, used_h, holder_k, now_n, site_s, position_cm
                         )
                         heapq.heappush(due, (_due(position_cm, site, left), np.int64(made)))
-                    now_n[slot] = last_p[slot >> 1] = made
+                    now_n[slot] = made
                     made += 1
-                    held_n[slot] = donor
-                holder_k[i], holder_k[j] = holder_k[j], holder_k[i]
             elif forced >= 0:
                 failed += 1
         elif event_kind_e[e] == NEW:
