@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -80,44 +80,46 @@ class Mixture:
         nats_n = np.empty(len(target_nl))
         for at in range(0, len(target_nl), BATCH):
             part = slice(at, at + BATCH)
-            seen = _foretell(bank, self.inputs, panel, target_nl[part], None if leave_ne is None else leave_ne[part])
-            logit_nl = self.logits(seen, panel, target_nl[part])
+            seen_nlf = _seen(bank, self.inputs, panel, target_nl[part], None if leave_ne is None else leave_ne[part])
+            logit_nl = self.logits(seen_nlf, panel)
             nats_n[part] = chains.nats(logit_nl, target_nl[part]).sum(axis=1)
             if progress is not None:
                 progress(min(at + BATCH, len(target_nl)), len(target_nl))
         return nats_n
 
-    def logits(self, seen: Foretold, panel: BankPanel, target_nl: np.ndarray) -> np.ndarray:
-        """float32 (N, L): log-odds of ALT at each site given the alleles before it."""
-        features_nlf = _features(
-            seen, target_nl, _site_features(panel), np.broadcast_to(self.hardness_l, target_nl.shape)
-        )
+    def logits(self, seen_nlf: np.ndarray, panel: BankPanel) -> np.ndarray:
+        """float32 (N, L): log-odds of ALT at each site given the alleles before it; seen_nlf as `_seen` makes it."""
+        hardness_nl = np.broadcast_to(self.hardness_l, seen_nlf.shape[:2])
+        features_nlf = _features(seen_nlf, _site_features(panel), hardness_nl)
         out = (features_nlf - self.weights["mean"]) / self.weights["scale"]
         for layer in (0, 1):
             out = out @ self.weights[f"w{layer}"].T + self.weights[f"b{layer}"]
             out *= 1 / (1 + np.exp(-out))  # SiLU
         out = out @ self.weights["w2"].T + self.weights["b2"]
-        return _mixed(out, seen.logit_nlc.astype(np.float32))
-
-
-class Foretold(NamedTuple):
-    """float16 (N, L, C) each: log-odds, and log of the effective number of donors."""
-
-    logit_nlc: np.ndarray
-    donors_nlc: np.ndarray
+        return _mixed(out, seen_nlf[..., : len(self.inputs)].astype(np.float32))
 
 
 def _bank(specs: Sequence[ChainSpec], panel: BankPanel) -> Bank:
     return chains.bank(specs, panel.hazard_l, panel.mismatch_l, panel.contig_start_l)
 
 
-def _foretell(
+def _seen(
     bank: Bank, inputs: list[int], panel: BankPanel, target_nl: np.ndarray, leave_ne: np.ndarray | None
-) -> Foretold:
+) -> np.ndarray:
+    """float16 (N, L, 4 C): of each chain mixed the log-odds, the log of the effective number of donors, and the logs of its
+    running surprise before the site at each of DECAYS."""
+    from scipy.signal import lfilter
+
     made = chains.predict(bank, panel.bits_lw, panel.k, target_nl, leave_out=leave_ne)
-    return Foretold(
-        made.logit_nlc[:, :, inputs].astype(np.float16), np.log(made.donors_nlc[:, :, inputs]).astype(np.float16)
-    )
+    logit_nlc = made.logit_nlc[:, :, inputs]
+    seen_nlf = np.empty((*logit_nlc.shape[:2], 4 * len(inputs)), np.float16)
+    parts = np.split(seen_nlf, 4, axis=2)
+    parts[0][:], parts[1][:] = logit_nlc, np.log(made.donors_nlc[:, :, inputs])
+    surprise_nlc = -chains.nats(logit_nlc, target_nl[:, :, None])
+    for part, decay in zip(parts[2:], DECAYS, strict=True):
+        part[:, 0] = np.log(LEAST)
+        part[:, 1:] = np.log(lfilter([1 - decay], [1, -decay], surprise_nlc, axis=1)[:, :-1] + LEAST)
+    return seen_nlf
 
 
 def _mixed(out_nlo: np.ndarray, logit_nlc: np.ndarray) -> np.ndarray:
@@ -145,20 +147,13 @@ def _site_features(panel: BankPanel) -> np.ndarray:
     ).astype(np.float32)  # fmt: skip
 
 
-def _features(seen: Foretold, target_nl: np.ndarray, site_lf: np.ndarray, hardness_nl: np.ndarray) -> np.ndarray:
+def _features(seen_nlf: np.ndarray, site_lf: np.ndarray, hardness_nl: np.ndarray) -> np.ndarray:
     """float32 (N, L, F), not yet scaled; F = 4 C + 6."""
-    from scipy.signal import lfilter
-
-    n = len(target_nl)
-    logit_nlc = seen.logit_nlc.astype(np.float32)
-    surprise_nlc = -chains.nats(logit_nlc, target_nl[:, :, None])
-    parts = [logit_nlc, seen.donors_nlc.astype(np.float32)]
-    for decay in DECAYS:
-        running_nlc = np.zeros_like(logit_nlc)
-        running_nlc[:, 1:] = lfilter([1 - decay], [1, -decay], surprise_nlc, axis=1)[:, :-1]
-        parts.append(np.log(running_nlc + LEAST))
-    parts += [np.broadcast_to(site_lf, (n, *site_lf.shape)), np.log(hardness_nl + LEAST)[:, :, None]]
-    return np.concatenate(parts, axis=2, dtype=np.float32)
+    n, sites, seen = seen_nlf.shape
+    features_nlf = np.empty((n, sites, seen + site_lf.shape[1] + 1), np.float32)
+    features_nlf[..., :seen], features_nlf[..., seen:-1] = seen_nlf, site_lf
+    features_nlf[..., -1] = np.log(hardness_nl + LEAST)
+    return features_nlf
 
 
 def train(
@@ -172,7 +167,7 @@ def train(
 ) -> Mixture:
     """A mixture trained on people of the panel, each with all their haplotypes left out.
 
-    Memory: 4 bytes per haplotype, site and chain mixed, of `config.cells`.
+    Memory: 8 bytes per haplotype, site and chain mixed, of `config.cells`.
 
     Raises:
         UsageError: `inputs` that are no chains of the bank, or fewer than 10 people.
@@ -197,23 +192,18 @@ def train(
     judge = np.arange(learn[0])
     target_nl = bits.unpack(np.ascontiguousarray(bits.transpose(panel.bits_lw, panel.k)[row_n]), sites)
     bank = _bank(specs, panel)
-    seen = Foretold(*(np.empty((len(row_n), sites, inputs), np.float16) for _ in range(2)))
+    seen_nlf = np.empty((len(row_n), sites, 4 * inputs), np.float16)
+    mean_nl = np.empty((len(row_n), sites), np.float32)  # surprise under the mean of the log-odds
     for part in _parts(np.arange(len(row_n)), BATCH):
-        found = _foretell(bank, config.inputs, panel, target_nl[part], leave_ne[part])
-        seen.logit_nlc[part], seen.donors_nlc[part] = found
+        seen_nlf[part] = _seen(bank, config.inputs, panel, target_nl[part], leave_ne[part])
+        mean_nl[part] = -chains.nats(seen_nlf[part, :, :inputs].mean(axis=2, dtype=np.float32), target_nl[part])
         if progress is not None:
             progress(int(part[-1]) + 1, 2 * len(row_n))
-    mean_nl = np.concatenate(
-        [
-            -chains.nats(_take(seen, at).logit_nlc.mean(axis=2, dtype=np.float32), target_nl[at])
-            for at in _parts(np.arange(len(row_n)), BATCH)
-        ]
-    )
     hardness_l = mean_nl[learn].mean(axis=0, dtype=np.float32)
     weight_nl = np.broadcast_to(hardness_l, mean_nl.shape).copy()
     weight_nl[learn] = (hardness_l * len(learn) - mean_nl[learn]) / max(1, len(learn) - 1)  # of the others
     site_lf = _site_features(panel)
-    features_of = lambda at: _features(_take(seen, at), target_nl[at], site_lf, weight_nl[at])  # noqa: E731
+    features_of = lambda at: _features(seen_nlf[at], site_lf, weight_nl[at])  # noqa: E731
 
     some = features_of(learn[:: max(1, len(learn) // 16)]).reshape(-1, 4 * inputs + 6)
     mean, scale = some.mean(axis=0), some.std(axis=0) + 1e-3
@@ -226,7 +216,7 @@ def train(
     for epoch in range(config.epochs):
         shuffled = seeding.generator(seed, "genomics.mixture.order", epoch).permutation(learn)
         for at in _parts(shuffled, batch):
-            logit_nlc = torch.from_numpy(seen.logit_nlc[at].astype(np.float32))
+            logit_nlc = torch.from_numpy(seen_nlf[at, :, :inputs].astype(np.float32))
             out = network(torch.from_numpy((features_of(at) - mean) / scale))
             logit = torch.exp(out[..., -2]) * (torch.softmax(out[..., :-2], -1) * logit_nlc).sum(-1) + out[..., -1]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -246,8 +236,8 @@ def train(
     made = Mixture(list(specs), config.inputs, weights, hardness_l, 0.0, 0.0, 0, 0.0)
     nats_n, single_nc = np.empty(len(judge)), np.empty((len(judge), inputs))
     for at in _parts(judge, BATCH):
-        nats_n[at] = chains.nats(made.logits(_take(seen, at), panel, target_nl[at]), target_nl[at]).sum(axis=1)
-        single_nc[at] = chains.nats(seen.logit_nlc[at].astype(np.float32), target_nl[at][:, :, None]).sum(axis=1)
+        nats_n[at] = chains.nats(made.logits(seen_nlf[at], panel), target_nl[at]).sum(axis=1)
+        single_nc[at] = chains.nats(seen_nlf[at, :, :inputs], target_nl[at][:, :, None]).sum(axis=1)
     return Mixture(
         list(specs), config.inputs, weights, hardness_l, float(nats_n.mean()),
         float(nats_n.std(ddof=1) / len(nats_n) ** 0.5) if len(nats_n) > 1 else 0.0, len(nats_n),
@@ -257,10 +247,6 @@ def train(
 
 def _parts(index: np.ndarray, size: int) -> list[np.ndarray]:
     return [index[at : at + size] for at in range(0, len(index), size)]
-
-
-def _take(seen: Foretold, at: np.ndarray) -> Foretold:
-    return Foretold(seen.logit_nlc[at], seen.donors_nlc[at])
 
 
 def _network(features: int, hidden: int, inputs: int, seed: int) -> Any:

@@ -71,10 +71,10 @@ def test_sequences_sum_to_one():
     for site in range(7):  # what is foretold of a site does not change with it, nor with what follows
         changed_nl = every_nl ^ (np.arange(7) >= site).astype(np.uint8)
         seen, others = (
-            mixture._foretell(mixture._bank(BANK, panel), [1, 2, 3], panel, x, None) for x in (every_nl, changed_nl)
+            mixture._seen(mixture._bank(BANK, panel), [1, 2, 3], panel, x, None) for x in (every_nl, changed_nl)
         )
         np.testing.assert_array_equal(
-            made.logits(seen, panel, every_nl)[:, : site + 1], made.logits(others, panel, changed_nl)[:, : site + 1]
+            made.logits(seen, panel)[:, : site + 1], made.logits(others, panel)[:, : site + 1]
         )
 
 
@@ -126,8 +126,8 @@ def test_leave_one_out_takes_the_person_out():
     assert (within > left).all()
     one, others = panel.select(samples=np.array([0])), panel.select(samples=np.arange(1, 40))
     rest = model.bank_panel()._replace(bits_lw=others.bits_lw, k=78)  # at the same rates only donors differ
-    seen = mixture._foretell(mixture._bank(BANK, rest), [1, 2, 3], rest, one.alleles_nl(), None)
-    logit_nl = model.mixture.logits(seen, model.bank_panel(), one.alleles_nl())
+    seen = mixture._seen(mixture._bank(BANK, rest), [1, 2, 3], rest, one.alleles_nl(), None)
+    logit_nl = model.mixture.logits(seen, model.bank_panel())
     np.testing.assert_allclose(left[:2], chains.nats(logit_nl, one.alleles_nl()).sum(axis=1), atol=1e-3)
 
 
