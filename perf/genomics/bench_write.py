@@ -151,7 +151,7 @@ def cases() -> list[Case]:
         _case("materialise", 20_000, 4_000, _alleles),
         _case("pgen", 20_000, 4_000, _write(".pgen"), _pgen_peers()),
         _case("bcf", 20_000, 2_000, _write(".bcf"), _bcf_peers()),
-        _case("vcz", 20_000, 4_000, _write(".vcz"), _vcz_peers()),
+        _case("vcz", 20_000, 2_000, _write(".vcz"), _vcz_peers()),
         _case("materialise", 100_000, 4_000, _alleles, threads=2, quick=False),
         _case("pgen", 100_000, 4_000, _write(".pgen"), threads=2, quick=False),
         _case("bcf", 100_000, 4_000, _write(".bcf"), threads=2, quick=False),
