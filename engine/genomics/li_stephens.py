@@ -64,7 +64,9 @@ class LiStephensConfig(BaseModel):
             just shorter than real ones do; below 1 longer pieces, above shorter ones.
         candidates: haplotypes among which a swap partner is the nearest; 1 swaps at random.
         reach: how far around a swap haplotypes are compared, in mean pieces.
-        max_donor_cm: the most that is copied from a donor into one person, all pieces together; None for no such bound.
+        max_donor_pieces: the most that is copied from a donor into one person, all pieces together, in mean pieces of the
+            group; more where the group has too few donors for that. 0 for no bound.
+        max_donor_cm: the same in centimorgans, in its place; a group with too few donors is then refused.
         learn_rounds: rounds of expectation maximisation that correct switches and mismatches at each site, by the panel's
             own people; 0 keeps the map and `mismatch` as they are.
         learn_people: people counted in a round.
@@ -84,6 +86,7 @@ class LiStephensConfig(BaseModel):
     switching: float = Field(default=1.0, gt=0)
     candidates: int = Field(default=64, ge=1)
     reach: float = Field(default=4.0, gt=0)
+    max_donor_pieces: float = Field(default=2.0, ge=0)
     max_donor_cm: float | None = Field(default=None, gt=0)
     learn_rounds: int = Field(default=0, ge=0)
     learn_people: int = Field(default=250, ge=1)
