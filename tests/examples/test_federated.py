@@ -83,14 +83,16 @@ CONFIG = parse_config({
 })  # fmt: skip
 
 
-def scans(folder: Path, people: int, write_noise: Callable[..., Path]) -> Path:
-    """Scans of noise; ids and names of files are canaries."""
+def scans(folder: Path, first: int, people: int, write_noise: Callable[..., Path]) -> Path:
+    """Scans of noise of persons `first` and on; ids and names of files are canaries."""
     folder.mkdir()
-    table = write_noise(folder, people, side=16)
+    table = write_noise(folder, first + people, side=16)
     for path in folder.glob("*.nii.gz"):
         path.rename(folder / f"CANARY{path.name}")
     lines = table.read_text().splitlines()
-    table.write_text("\n".join([lines[0], *("CANARY" + line.replace(",P", ",CANARY-P") for line in lines[1:])]) + "\n")
+    table.write_text(
+        "\n".join([lines[0], *("CANARY" + line.replace(",P", ",CANARY-P") for line in lines[1 + first :])]) + "\n"
+    )
     return table
 
 
@@ -215,10 +217,13 @@ def test_scans_of_two_institutions_and_a_third_that_is_broken(
 ) -> None:
     """The run folder at the server is the hand-computed federation of the sound sites, whatever the third sends."""
     (tmp_path / "config.yaml").write_text(dump_config(CONFIG))
-    tables = {name: scans(tmp_path / name, n, write_noise) for name, n in (("north", 14), ("south", 10))}
+    tables = {
+        "north": scans(tmp_path / "north", 0, 14, write_noise),
+        "south": scans(tmp_path / "south", 14, 10, write_noise),
+    }
     names = list(tables)
     if fault:
-        tables["third"] = scans(tmp_path / "third", 9, write_noise)
+        tables["third"] = scans(tmp_path / "third", 24, 9, write_noise)
         names.append("third")
     app = copy_of_app(tmp_path / "app")
     client = app / "engine_flower" / "client_app.py"
