@@ -104,7 +104,9 @@ def test_alleles_move_as_often_as_they_are_young():
 
 def test_partners_are_the_nearest_of_all_where_all_are_candidates():
     panel = mosaic_panel(people=12, sites=256, seed=4, piece=60, contigs=1)
-    model = model_of(panel, replace(LEARNED, piece_cm=[0.2]), candidates=2_000, reach=100.0, per_group=False)
+    model = model_of(
+        panel, replace(LEARNED, piece_cm=[0.2]), candidates=2_000, reach=100.0, per_group=False, max_donor_pieces=0
+    )
     donor_nl = donors_nl(model.paths(12, seed=1)[0], model.n_sites)
     sketch_kw = model.genealogy_tables.sketch_kw
     apart_kk = np.bitwise_count(sketch_kw[:, None] ^ sketch_kw[None]).sum(axis=2).astype(np.int64)
@@ -129,7 +131,13 @@ def test_haplotypes_are_compared_around_the_swap():
     panel = panel_from_alleles(
         alleles_nl.T, np.arange(1024) * 1_000 + 1, "1", [f"p{k}" for k in range(40)], position_cm=np.arange(1024) * 0.01
     )
-    model = model_of(panel, replace(LEARNED, piece_cm=[0.5], young_share=[0.0, 0.0, 0.0]), candidates=400, reach=1.0)
+    model = model_of(
+        panel,
+        replace(LEARNED, piece_cm=[0.5], young_share=[0.0, 0.0, 0.0]),
+        candidates=400,
+        reach=1.0,
+        max_donor_pieces=0,
+    )
     donor_nl = donors_nl(model.paths(40, seed=1)[0], 1024)
     alike = {"left": [], "right": []}
     for site in [*range(60, 400), *range(640, 980)]:
