@@ -41,9 +41,7 @@ from engine.imaging.autoencoder import (
 
 Kind = Literal["convolve", "normalise", "activate", "double", "double_linear", "fold", "unfold", "keep", "add"]
 Shape = tuple[int, int, int, int]  # channels, d, h, w
-_WORKSPACE = (
-    3  # a convolution's input and output, each in the layout of the library and of the caller, and one to spare
-)
+_WORKSPACE = 2  # a convolution's input and output, each in the layout of the library and of the caller
 _BYTES = 4
 
 
@@ -191,18 +189,22 @@ def make_plan(steps: Sequence[Step], shape: Shape, batch: int, budget_bytes: int
             f"a memory budget of at least {working(aligned) / 1e9:.2g} GB for this size",
             f"{budget_bytes / 1e9:.2g} GB", where, "a larger sampling.memory_gb",
         )  # fmt: skip
-    chunk = aligned
-    while 2 * chunk <= shape[1] and working(2 * chunk) <= budget_bytes / 4:
+
+    def keeping(chunk: int) -> tuple[tuple[int, ...], int]:
+        """Normalisations whose input fits beside the chunks, and what the maps take at most."""
+        kept, before, most = [], 0, 0
+        for k in (k for k, step in enumerate(steps) if step.kind == "normalise"):
+            needed = max(before, live(k))  # the old map is freed chunk by chunk as the new one grows
+            if needed <= budget_bytes - working(chunk):
+                kept.append(k)
+                before, most = live(k), max(most, needed)
+        return tuple(kept), most
+
+    chunk = aligned  # larger chunks copy less; maps that are kept save whole passes, and go first
+    while 2 * chunk <= shape[1] and working(2 * chunk) <= budget_bytes and keeping(2 * chunk)[0] == keeping(chunk)[0]:
         chunk *= 2
-    norms = [k for k, step in enumerate(steps) if step.kind == "normalise"]
-    room = budget_bytes - working(chunk)
-    kept, before, most = [], 0, 0
-    for k in norms:
-        needed = max(before, live(k))  # the old map is freed chunk by chunk as the new one grows
-        if needed <= room:
-            kept.append(k)
-            before, most = live(k), max(most, needed)
-    return Plan(chunk, working(chunk), tuple(kept), working(chunk) + most)
+    kept, most = keeping(chunk)
+    return Plan(chunk, working(chunk), kept, working(chunk) + most)
 
 
 def whole_bytes(steps: Sequence[Step], shape_bcdhw: Sequence[int]) -> int:

