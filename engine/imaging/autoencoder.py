@@ -168,17 +168,43 @@ def gradient_l1(a_bcdhw: Tensor, b_bcdhw: Tensor) -> Tensor:
     return torch.stack([difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).mean()
 
 
-def reconstruction_loss(config: AutoencoderConfig, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Unweighted terms "l1" and "gradient", each averaged over full resolution and two coarser scales.
+def reconstruction_loss(
+    config: AutoencoderConfig, output: Tensor, target: Tensor, labels: int = 0
+) -> dict[str, Tensor]:
+    """Unweighted terms "l1" and "gradient", each averaged over full resolution and the coarser scales, which weigh structure
+    above single-voxel noise; and "labels", where the last `labels` channels are labels (+1 inside, -1 outside).
 
-    The coarser scales (average pooling by 2 and 4) weigh structure above single-voxel noise.
+    Labels have a loss of their own: absolute errors are least where a small region is nowhere at all, and a mean over all
+    channels would let an image beside two labels learn a third as much against the same KL weight.
     """
-    terms = {"l1": (output - target).abs().mean(), "gradient": gradient_l1(output, target)}
+    images = output.shape[1] - labels
+    terms = {}
+    if labels:
+        terms["labels"] = label_loss(output[:, images:], target[:, images:])
+        output, target = output[:, :images], target[:, :images]
+    if not images:
+        return {"l1": terms["labels"].new_zeros(()), "gradient": terms["labels"].new_zeros(()), **terms}
+    terms["l1"], terms["gradient"] = (output - target).abs().mean(), gradient_l1(output, target)
     for _ in range(config.coarser_scales):
         output, target = F.avg_pool3d(output, 2), F.avg_pool3d(target, 2)
         terms["l1"] = terms["l1"] + (output - target).abs().mean()
         terms["gradient"] = terms["gradient"] + gradient_l1(output, target)
-    return {name: term / (1 + config.coarser_scales) for name, term in terms.items()}
+    return {name: term if name == "labels" else term / (1 + config.coarser_scales) for name, term in terms.items()}
+
+
+def label_loss(logit_bcdhw: Tensor, target_bcdhw: Tensor) -> Tensor:
+    """Cross-entropy of each label's logit and one minus its soft Dice (Milletari et al. 2016), in equal parts; targets +-1."""
+    inside, probability = (target_bcdhw > 0).to(logit_bcdhw.dtype), logit_bcdhw.sigmoid()
+    both = (probability * inside).sum(dim=(2, 3, 4))
+    overlap = (2 * both + 1) / (probability.sum(dim=(2, 3, 4)) + inside.sum(dim=(2, 3, 4)) + 1)
+    return F.binary_cross_entropy_with_logits(logit_bcdhw, inside) + 1 - overlap.mean()
+
+
+def shown(x_bcdhw: Tensor, labels: int) -> Tensor:
+    """An output as the discriminator is shown it: logits of labels as -1 .. 1, which is what it knows of real ones."""
+    if not labels:
+        return x_bcdhw
+    return torch.cat([x_bcdhw[:, :-labels], (x_bcdhw[:, -labels:] / 2).tanh()], dim=1)
 
 
 def patch_discriminator(config: AutoencoderConfig, channels: int) -> nn.Module:

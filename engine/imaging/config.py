@@ -133,7 +133,7 @@ class AutoencoderConfig(Budget):
     kl_weight: float = Field(1e-3, ge=0, description="times the KL divergence as a mean per element")
     gradient_weight: float = Field(1.0, ge=0)
     label_weight: float = Field(
-        0.25, gt=0, description="of each label's channel where image and label map are made together; an image's is 1"
+        0.25, gt=0, description="of the labels' own loss (cross-entropy and Dice) beside the image's"
     )
     coarser_scales: int = Field(1, ge=0, le=3)
     shift_voxels: int = Field(2, ge=0, description="augmentation: random whole-voxel shifts of at most this")
@@ -298,8 +298,8 @@ class ImagingConfig(_Section):
 
     @property
     def label_channels(self) -> int:
-        """Channels of labels that the autoencoder makes beside an image."""
-        return len(self.data.labels) if self.data.produce == "pair" else 0
+        """Channels of labels that the autoencoder makes, the last ones."""
+        return len(self.data.labels) if self.data.produce != "image" else 0
 
     @property
     def latent_size(self) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from engine import devices, provenance, seeding
 from engine.atomic import atomic_folder, write_text
 from engine.errors import EngineError, Unsupported, UsageError
 from engine.imaging import field_of_view, monitor
-from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss
+from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss, shown
 from engine.imaging.config import ImagingConfig, dump_config, load_config
 from engine.imaging.context import known_covariates
 from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scans, read_table, shifted
@@ -230,20 +230,23 @@ def _train_autoencoder(
                 with run.exchange(model, share):
                     with run.autocast():
                         output, mean, log_variance = model(x, noise)
-                    terms = reconstruction_loss(budget, output, x)
+                    terms = reconstruction_loss(budget, output, x, config.label_channels)
                     terms["kl"] = kl_per_element(mean, log_variance)
+                    seen = shown(output, config.label_channels)
                     loss = terms["l1"] + budget.gradient_weight * terms["gradient"] + budget.kl_weight * terms["kl"]
+                    if "labels" in terms:
+                        loss = loss + budget.label_weight * terms["labels"]
                     if adversary and adversarial:
                         adversary.requires_grad_(False)  # the plain module: a wrapper would wait for its gradients
                         with run.autocast():
-                            terms["adversarial"] = (adversary(output)[-1].float() - 1.0).square().mean()
+                            terms["adversarial"] = (adversary(seen)[-1].float() - 1.0).square().mean()
                         adversary.requires_grad_(True)
                         loss = loss + budget.adversarial_weight * terms["adversarial"]
                     run.backward(loss, share, terms)
                 if adversarial:
                     with run.exchange(judge, share):
                         with run.autocast():
-                            real, fake = judge(torch.cat([x, output.detach()]))[-1].float().chunk(2)
+                            real, fake = judge(torch.cat([x, seen.detach()]))[-1].float().chunk(2)
                         wrong = 0.5 * ((real - 1.0).square().mean() + fake.square().mean())
                         run.accelerator.backward(wrong * share.weight)
             if run.update(clock, model, optimizer, [share for share, *_ in batch]) and adversarial:
