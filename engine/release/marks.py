@@ -53,6 +53,7 @@ _DICOM_KEYWORDS = frozenset(
         "SeriesDescription",
         "Modality",
         "PatientPosition",
+        "Laterality",
         "FrameOfReferenceUID",
         "PositionReferenceIndicator",
         "Manufacturer",

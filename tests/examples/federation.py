@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import ipaddress
 import json
@@ -65,6 +66,11 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def _die_with_parent() -> None:
+    """A killed test leaves no SuperLink behind (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 @dataclass
 class Federation:
     """What runs: processes by name, their logs below `folder`, and how to submit a run."""
@@ -78,7 +84,7 @@ class Federation:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [str(BIN / program), *arguments], stdout=log, stderr=subprocess.STDOUT, cwd=self.folder,
-                env={**self.environment, **more}, start_new_session=True,
+                env={**self.environment, **more}, start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
 
     def node(self, name: str, config: dict[str, str], **more: str) -> None:
