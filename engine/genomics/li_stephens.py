@@ -34,7 +34,7 @@ from engine.errors import InputError, UsageError, closest
 from engine.files.genotypes import haplotype_index
 from engine.genomics import rates
 from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
-from engine.genomics.matching import common_sites
+from engine.genomics.matching import common_sites, own_haplotypes
 from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
 from engine.kernels import bits, haplotype_hmm
 
@@ -461,40 +461,7 @@ class LiStephens:
 
     def _own_haplotypes(self, panel: HaplotypePanel, own_l: np.ndarray) -> np.ndarray:
         """int64 (N, 2): the reference haplotypes of the person that each panel haplotype belongs to, -1-padded."""
-        place = {name: at for at, name in enumerate(self.samples.ids)}
-        absent = [name for name in panel.samples.ids if name not in place]
-        if absent:
-            raise InputError(
-                "people of the reference panel, for leave-one-out", f"'{absent[0]}' ({len(absent)} not in it)", "score",
-                "scoring without leave_one_out",
-            )  # fmt: skip
-        first_s = self.samples.first_haplotype
-        exclude_ne = np.full((panel.n_haplotypes, 2), -1, dtype=np.int64)
-        mine_n = np.empty(panel.n_haplotypes, dtype=np.int64)
-        for s, name in enumerate(panel.samples.ids):
-            theirs = slice(panel.samples.first_haplotype[s], panel.samples.first_haplotype[s + 1])
-            ours = np.arange(first_s[place[name]], first_s[place[name] + 1])
-            if len(ours) != theirs.stop - theirs.start:
-                raise InputError(f"{len(ours)} haplotypes", f"{theirs.stop - theirs.start}", f"score, sample {name}")
-            exclude_ne[theirs, : len(ours)] = ours
-            mine_n[theirs] = ours
-        different_l = np.empty(len(own_l), dtype=bool)
-        for at in range(0, len(own_l), 1024):
-            ours_ln = bits.unpack(np.ascontiguousarray(self.bits_lw[own_l[at : at + 1024]]), self.k)[:, mine_n]
-            theirs_ln = bits.unpack(np.ascontiguousarray(panel.bits_lw[at : at + 1024]), panel.n_haplotypes)
-            unequal = ours_ln != theirs_ln
-            if panel.missing_lw is not None:
-                unequal &= ~bits.unpack(
-                    np.ascontiguousarray(panel.missing_lw[at : at + 1024]), panel.n_haplotypes
-                ).astype(bool)
-            different_l[at : at + 1024] = unequal.any(axis=1)
-        if different_l.any():
-            raise InputError(
-                "the alleles that these people have in the reference panel",
-                f"others at {int(different_l.sum())} sites",
-                "score with leave_one_out",
-            )  # fmt: skip
-        return exclude_ne
+        return own_haplotypes(self.samples, self.bits_lw, panel, own_l)
 
     def save(self, run_folder: str | Path, *, inputs: Sequence[str | Path] = ()) -> None:
         """Write the run folder: config.yaml, provenance.json, log.jsonl and checkpoints/step-000000. It must not exist.
