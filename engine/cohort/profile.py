@@ -136,6 +136,7 @@ class Modality(_Strict):
 
     name: str = "T1-weighted MR of the head"
     suffix: str = Field("T1w", pattern=r"^[A-Za-z0-9]+$", description="BIDS suffix")
+    skull_stripped: bool = Field(False, description="whether the scans show the brain only; BIDS has to be told")
     folder: str = Field("anat", pattern=r"^[a-z]+$", description="BIDS data type")
     absent: float = Field(0.0, ge=0, lt=1, description="of the embedded default: share of visits without a scan")
     genotypes_absent: float = Field(0.0, ge=0, lt=1, description="of the embedded default: people without genotypes")

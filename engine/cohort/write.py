@@ -232,7 +232,8 @@ def _write_scan(volume: Any, bids: Path, sub: str, visit: int, profile: Profile)
     place.mkdir(parents=True, exist_ok=True)
     name = f"{sub}_ses-{visit}_desc-synthetic_{modality.suffix}"
     write_volume(volume, place / f"{name}.nii.gz", description="SYNTHETIC")
-    atomic.write_json(place / f"{name}.json", {"SyntheticData": True, "Description": MARK, "Modality": modality.name})
+    about = {"SyntheticData": True, "Description": MARK, "SkullStripped": modality.skull_stripped}
+    atomic.write_json(place / f"{name}.json", {**about, "ModalityName": modality.name})
     return f"bids/{sub}/ses-{visit}/{modality.folder}/{name}.nii.gz"
 
 
