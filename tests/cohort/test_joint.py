@@ -211,7 +211,7 @@ def test_a_panel_without_a_locus_is_refused() -> None:
         engine.cohort.fit(made.table, "alzheimer", genotypes=panel)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_every_profile_runs_end_to_end_on_the_embedded_default(name: str, tmp_path: Path, few: Cohort) -> None:
     from engine.cli import main
 
