@@ -340,12 +340,19 @@ def test_utility_of_noise_in_place_of_images_fails_the_goal():
 
 
 def test_utility_of_classes_falls_with_shuffled_ones():
-    good = {f.name: f for f in class_utility(TRAIN, FRESH, REAL, "sex", SHORT, 0, CPU)}
+    def marked(side: Side) -> Side:
+        x = side.x_ndhw.copy()
+        for k, row in enumerate(side.covariates):
+            x[k, :6, :6, :6] = 1.0 if row["sex"] == "F" else x[k, :6, :6, :6]
+        return replace(side, x_ndhw=x)
+
+    train, fresh, real = marked(TRAIN), marked(FRESH), marked(REAL)
+    good = {f.name: f for f in class_utility(train, fresh, real, "sex", SHORT, 0, CPU)}
     assert good["tstr_auc_sex"].floor > 0.9
     assert good["tstr_auc_sex_ratio"].verdict == "pass"
-    swapped = replace(FRESH, covariates=tuple({"sex": "FM"["FM".index(c["sex"]) ^ 1]} for c in FRESH.covariates))
-    assert {f.name: f for f in class_utility(TRAIN, swapped, REAL, "sex", SHORT, 0, CPU)}["tstr_auc_sex"].value < 0.3
-    assert class_utility(TRAIN, replace(FRESH, covariates=({},) * 24), REAL, "sex", SHORT, 0, CPU) == []
+    swapped = replace(fresh, covariates=tuple({"sex": "FM"["FM".index(c["sex"]) ^ 1]} for c in fresh.covariates))
+    assert {f.name: f for f in class_utility(train, swapped, real, "sex", SHORT, 0, CPU)}["tstr_auc_sex"].value < 0.3
+    assert class_utility(train, replace(fresh, covariates=({},) * 24), real, "sex", SHORT, 0, CPU) == []
 
 
 def test_config_names_the_nearest_key(tmp_path):
