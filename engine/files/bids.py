@@ -17,7 +17,9 @@ from engine.files import delimited
 
 DESCRIPTION = "dataset_description.json"
 _MASKS = ("dseg", "mask")  # suffixes of derivative label maps; they are labels here, not images
-_NAME = re.compile(r"(?P<entities>sub-[A-Za-z0-9]+(?:_[A-Za-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)\.nii(?:\.gz)?")
+_NAME = re.compile(
+    r"(?P<entities>sub-[A-Za-z0-9]+(?:_[A-Za-z]+-[A-Za-z0-9+]+)*)_(?P<suffix>[A-Za-z0-9]+)\.nii(?:\.gz)?"
+)
 # entities that say how a file was made, not which acquisition it shows: a label map need not share them
 _MADE_BY = ("desc", "label", "hemi", "res", "den")
 
@@ -131,7 +133,9 @@ def _table(path: Path, key: str, prefix: str) -> dict[str, dict[str, str]]:
         if not cells:
             continue
         if len(cells) != len(columns) or not cells[0].startswith(prefix):
-            raise InputError(f"{len(columns)} cells, the first an id {prefix}...", "another row", f"{path} line {number}")
+            raise InputError(
+                f"{len(columns)} cells, the first an id {prefix}...", "another row", f"{path} line {number}"
+            )
         who = cells[0].removeprefix(prefix)
         if who in made:
             raise InputError("each id once", "one a second time", f"{path} line {number}")

@@ -87,9 +87,7 @@ class Predictions(NamedTuple):
     donors_nlc: np.ndarray
 
 
-def bank(
-    specs: Sequence[ChainSpec], hazard_l: np.ndarray, mismatch_l: np.ndarray, contig_start_l: np.ndarray
-) -> Bank:
+def bank(specs: Sequence[ChainSpec], hazard_l: np.ndarray, mismatch_l: np.ndarray, contig_start_l: np.ndarray) -> Bank:
     """Chains as probabilities per site.
 
     Args:

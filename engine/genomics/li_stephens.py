@@ -231,9 +231,7 @@ class LiStephens:
 
     def bank_panel(self) -> BankPanel:
         """What banks of chains copy from."""
-        return BankPanel(
-            self.bits_lw, self.k, self.hazard_l(1.0, self.k), self.mismatch_l, np.isinf(self.distance_l)
-        )
+        return BankPanel(self.bits_lw, self.k, self.hazard_l(1.0, self.k), self.mismatch_l, np.isinf(self.distance_l))
 
     def group_proportions(self) -> np.ndarray:
         """float64 (G,): share of the panel's people in each group."""
@@ -542,7 +540,12 @@ def fit(
         from engine.genomics import mixture
 
         made = mixture.train(
-            model.bank_panel(), model.samples.first_haplotype, config.bank, config.mix, seed=config.seed, progress=progress
+            model.bank_panel(),
+            model.samples.first_haplotype,
+            config.bank,
+            config.mix,
+            seed=config.seed,
+            progress=progress,
         )
         model = replace(model, mixture=made)
     return model

@@ -83,9 +83,9 @@ def own_haplotypes(samples: Samples, bits_lw: np.ndarray, panel: HaplotypePanel,
         theirs_ln = bits.unpack(np.ascontiguousarray(panel.bits_lw[at : at + 1024]), panel.n_haplotypes)
         unequal = ours_ln != theirs_ln
         if panel.missing_lw is not None:
-            unequal &= ~bits.unpack(
-                np.ascontiguousarray(panel.missing_lw[at : at + 1024]), panel.n_haplotypes
-            ).astype(bool)
+            unequal &= ~bits.unpack(np.ascontiguousarray(panel.missing_lw[at : at + 1024]), panel.n_haplotypes).astype(
+                bool
+            )
         different_l[at : at + 1024] = unequal.any(axis=1)
     if different_l.any():
         raise InputError(

@@ -272,7 +272,12 @@ def evaluate_command(
     if train is not None and not quick:
         sides = {"real": (real_dir, real, persons), "train": (train, fitted, fitted_persons)}
         learned = _learned_metrics(
-            {**sides, "synthetic": (synthetic_dir, synthetic, synthetic_persons)}, config, overrides, cache, seed, progress
+            {**sides, "synthetic": (synthetic_dir, synthetic, synthetic_persons)},
+            config,
+            overrides,
+            cache,
+            seed,
+            progress,
         )
         made = replace(made, findings=[*made.findings, *learned.findings])
         networks = learned.networks

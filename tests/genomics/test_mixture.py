@@ -37,9 +37,7 @@ def two_peoples(people: int, sites: int, seed: int):
             alleles_nl[n] = founder_kl[donor, np.arange(sites)] ^ (rng.random(sites) < 0.01)
     order = rng.permutation(people) * 2
     alleles_nl = alleles_nl.reshape(2, people, sites).swapaxes(0, 1).reshape(2 * people, sites)[np.r_[order, order + 1]]
-    return panel_from_alleles(
-        alleles_nl.T.copy(), np.arange(sites) * 10_000 + 1, "1", [f"p{s}" for s in range(people)]
-    )
+    return panel_from_alleles(alleles_nl.T.copy(), np.arange(sites) * 10_000 + 1, "1", [f"p{s}" for s in range(people)])
 
 
 def config(**more):

@@ -49,7 +49,13 @@ def smallest_budget(network: nn.Module, shape: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(
     ("patch", "widths", "size"),
-    [(2, (8, 16), (12, 5, 7)), (1, (8, 8, 16), (9, 4, 3)), (4, (8,), (6, 3, 5)), (2, (8, 16), (1, 1, 1)), (1, (8,), (2, 9, 4))],
+    [
+        (2, (8, 16), (12, 5, 7)),
+        (1, (8, 8, 16), (9, 4, 3)),
+        (4, (8,), (6, 3, 5)),
+        (2, (8, 16), (1, 1, 1)),
+        (1, (8,), (2, 9, 4)),
+    ],
 )
 @pytest.mark.parametrize("room", ["planes", "half", "all"])
 def test_decode_equals_the_whole_volume(patch, widths, size, room):
@@ -154,7 +160,9 @@ def test_layers_of_unbounded_reach_are_refused():
     with pytest.raises(Unsupported, match="Linear"):
         streamed.steps_of(nn.Linear(1, 1))
     with pytest.raises(Unsupported, match="3x3x3"):
-        streamed.run([Step("convolve", nn.Conv3d(1, 1, 5, padding=2))], torch.zeros(1, 1, 4, 4, 4), budget_bytes=1 << 20)
+        streamed.run(
+            [Step("convolve", nn.Conv3d(1, 1, 5, padding=2))], torch.zeros(1, 1, 4, 4, 4), budget_bytes=1 << 20
+        )
 
 
 _MEASURE = """
@@ -202,7 +210,12 @@ def test_peak_memory_stays_within_the_budget():
     """Resident memory of a process of its own decoding 160 x 96 x 96, over input and result: within the plan, which is within
     the budget; the whole volume takes several times as much and no more than is estimated."""
     budgets = [20_000_000, 40_000_000]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
     command = [sys.executable, "-c", _MEASURE, *map(str, budgets)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

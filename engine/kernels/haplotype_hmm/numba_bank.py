@@ -135,7 +135,12 @@ def retreat(back, p, parent, base, bits, at, scale, each, seen_0, seen_1):
     Returns, in float64, its sums against p where the bit is set and where it is not, against the parent and against the base.
     """
     lanes = BYTES // back.itemsize
-    scale_v, each_v, seen_0_v, seen_1_v = splat(back, scale), splat(back, each), splat(back, seen_0), splat(back, seen_1)
+    scale_v, each_v, seen_0_v, seen_1_v = (
+        splat(back, scale),
+        splat(back, each),
+        splat(back, seen_0),
+        splat(back, seen_1),
+    )
     zero = splat(back, back.dtype.type(0))
     alt, ref, by_parent, by_base = zero, zero, zero, zero
     for i in range(len(back) // lanes):
@@ -220,6 +225,4 @@ def counts(
                     mismatch_ncl[n, c, site] = (ref if allele == 1 else alt if allele == 0 else 0.0) / weight
                     scale_c[c], each_c[c] = (1.0 - switch) / weight, switch * entered / weight
                     of_state = sums_pct[site - first, c]
-                    nats_nc[n, c] += np.log(
-                        (of_state[0] * seen_0 + of_state[1] * seen_1) / (of_state[0] + of_state[1])
-                    )
+                    nats_nc[n, c] += np.log((of_state[0] * seen_0 + of_state[1] * seen_1) / (of_state[0] + of_state[1]))

@@ -187,9 +187,7 @@ def bank_predict(
                     f_k /= f_k.sum()
                 p_ck[c] = (1 - switch) * f_k + switch * draw_k
                 wrong = bank.mismatch_cl[c, site]
-                is_alt, is_ref = (
-                    p_ck[c] @ np.where(alleles_lk[site] == allele, 1 - wrong, wrong) for allele in (1, 0)
-                )
+                is_alt, is_ref = (p_ck[c] @ np.where(alleles_lk[site] == allele, 1 - wrong, wrong) for allele in (1, 0))
                 logit_nlc[n, site - first_site, c] = np.log(is_alt / is_ref)
                 donors_nlc[n, site - first_site, c] = 1 / (p_ck[c] ** 2).sum()
         state.state_nck[n, :, :k] = p_ck
