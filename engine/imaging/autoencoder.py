@@ -192,6 +192,12 @@ def reconstruction_loss(
     return {name: term if name == "labels" else term / (1 + config.coarser_scales) for name, term in terms.items()}
 
 
+def autoencoder_loss(config: AutoencoderConfig, terms: dict[str, Tensor]) -> Tensor:
+    """The terms of `reconstruction_loss` and "kl", weighted as the config says."""
+    loss = terms["l1"] + config.gradient_weight * terms["gradient"] + config.kl_weight * terms["kl"]
+    return loss + config.label_weight * terms["labels"] if "labels" in terms else loss
+
+
 def label_loss(logit_bcdhw: Tensor, target_bcdhw: Tensor) -> Tensor:
     """Cross-entropy of each label's logit and one minus its soft Dice (Milletari et al. 2016), in equal parts; targets +-1."""
     inside, probability = (target_bcdhw > 0).to(logit_bcdhw.dtype), logit_bcdhw.sigmoid()

@@ -30,7 +30,7 @@ from engine import provenance, seeding
 from engine.atomic import write_text
 from engine.errors import InputError, Unsupported, UsageError
 from engine.imaging import field_of_view
-from engine.imaging.autoencoder import Autoencoder, kl_per_element, reconstruction_loss
+from engine.imaging.autoencoder import Autoencoder, autoencoder_loss, kl_per_element, reconstruction_loss
 from engine.imaging.config import ImagingConfig, dump_config
 from engine.imaging.dataset import Covariate, Row, Scans, is_missing, load_scans, read_table
 from engine.imaging.draws import flow_batch, flow_data
@@ -256,9 +256,8 @@ class ScanSite:
         noise = torch.stack([seeding.normal(shape, config.seed, "imaging.posterior", p) for p in positions])
         whole = torch.from_numpy(x)
         output, mean, log_variance = self.autoencoder(whole, noise)
-        terms = reconstruction_loss(budget, output, whole)
-        kl = kl_per_element(mean, log_variance)
-        return terms["l1"] + budget.gradient_weight * terms["gradient"] + budget.kl_weight * kl
+        terms = reconstruction_loss(budget, output, whole, config.label_channels)
+        return autoencoder_loss(budget, {**terms, "kl": kl_per_element(mean, log_variance)})
 
     def _flow_data(self, unseen: bool = False) -> Any:
         if self.latent_c is None or self.known is None:

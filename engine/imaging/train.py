@@ -27,7 +27,14 @@ from engine import devices, provenance, seeding
 from engine.atomic import atomic_folder, write_text
 from engine.errors import EngineError, Unsupported, UsageError
 from engine.imaging import field_of_view, monitor
-from engine.imaging.autoencoder import Autoencoder, kl_per_element, patch_discriminator, reconstruction_loss, shown
+from engine.imaging.autoencoder import (
+    Autoencoder,
+    autoencoder_loss,
+    kl_per_element,
+    patch_discriminator,
+    reconstruction_loss,
+    shown,
+)
 from engine.imaging.config import ImagingConfig, dump_config, load_config
 from engine.imaging.context import known_covariates
 from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scans, read_table, shifted
@@ -233,9 +240,7 @@ def _train_autoencoder(
                     terms = reconstruction_loss(budget, output, x, config.label_channels)
                     terms["kl"] = kl_per_element(mean, log_variance)
                     seen = shown(output, config.label_channels)
-                    loss = terms["l1"] + budget.gradient_weight * terms["gradient"] + budget.kl_weight * terms["kl"]
-                    if "labels" in terms:
-                        loss = loss + budget.label_weight * terms["labels"]
+                    loss = autoencoder_loss(budget, terms)
                     if adversary and adversarial:
                         adversary.requires_grad_(False)  # the plain module: a wrapper would wait for its gradients
                         with run.autocast():
