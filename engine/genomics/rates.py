@@ -78,6 +78,8 @@ def learn(
             if progress is not None:
                 progress(turn * len(target_n) + min(at + BATCH, len(target_n)), rounds * len(target_n))
         n = len(target_n)
+        # float32 sums of probabilities: where every haplotype switches they come out a little above their number
+        switches_l, mismatches_l = switches_l.clip(0, n), mismatches_l.clip(0, n)
         nats_r[turn], n_r[turn] = nats / n, n
         switch_l = np.where(start_l < 1, (prior * start_l + switches_l) / (prior + n), 1.0)
         mismatch_l = (prior * right_l + mismatches_l) / (prior + n)

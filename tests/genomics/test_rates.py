@@ -98,3 +98,16 @@ def test_a_run_folder_keeps_what_was_learned(tmp_path):
 def test_one_person_cannot_be_left_out():
     with pytest.raises(InputError, match="left out"):
         fit(mosaics(1, 20, np.full(20, 0.1), 5), LiStephensConfig(learn_rounds=1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rates_stay_probabilities_where_nearly_everybody_switches(seed):
+    """Sums of float32 probabilities near 1 may come out above their number."""
+    panel = mosaics(60, 50, np.full(50, 0.9), seed)
+    model = fit(panel, LiStephensConfig())
+    nearly_l = np.where(model.switch_l() < 1, 1 - 1e-12, 1.0)
+    learned = rates.learn(
+        model.bits_lw, 120, model.samples.first_haplotype, nearly_l, model.mismatch_l, rounds=2, people=60, prior=1.0
+    )
+    assert learned.switch_l.max() <= 1
+    assert learned.mismatch_l.min() >= 0
