@@ -83,7 +83,7 @@ class LiStephensConfig(BaseModel):
     per_group: bool = True
     min_carriers: int = Field(default=2, ge=1)
     sampler: Literal["interchange", "independent"] = "interchange"
-    switching: float = Field(default=1.0, gt=0)
+    switching: float = Field(default=2.0, gt=0)
     candidates: int = Field(default=64, ge=1)
     reach: float = Field(default=4.0, gt=0)
     max_donor_pieces: float = Field(default=2.0, ge=0)
