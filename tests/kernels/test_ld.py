@@ -363,7 +363,8 @@ numba_matrix._write(square, np.zeros((5, 5), np.float32), 0, 0)
 print("vmovntps" in "".join(numba_matrix._write.inspect_asm().values()))
 ones = np.ones(32)
 numba_tiles._complete(0, 5.0, 1.0, ones, ones, ones, ones, np.zeros(1024, np.int32), square, 0, 0)
-assembly = "".join(numba_tiles._complete.inspect_asm().values())
-print("vdivpd" in assembly and "zmm" in assembly)
+lines = "".join(numba_tiles._complete.inspect_asm().values()).splitlines()
+# LLVM takes vectors of 512 bits on AMD and of 256 on Intel
+print(any("vdivpd" in line and ("zmm" in line or "ymm" in line) for line in lines))
 """
     assert run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["True", "True"]
