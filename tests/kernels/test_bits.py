@@ -167,7 +167,7 @@ def test_the_door_refuses_what_it_cannot_do():
 
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

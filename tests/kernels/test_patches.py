@@ -526,7 +526,7 @@ def test_a_named_implementation_is_never_replaced():
 def run_python(code, **environment):
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
