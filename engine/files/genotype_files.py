@@ -56,6 +56,11 @@ def writer(path: str | Path) -> ModuleType:
     return oxford
 
 
+def beside(path: Path, what: str) -> Path:
+    """`PATH.what`: a table or record that belongs to a genotype file."""
+    return path.with_name(f"{path.name}.{what}")
+
+
 def lost(path: str | Path) -> list[str]:
     """What the format of an output cannot keep, one sentence each."""
     suffix = suffix_of(path)

@@ -19,6 +19,7 @@ import numpy as np
 from engine import __version__, atomic, provenance
 from engine.errors import InputError, Unsupported, UsageError
 from engine.files import genotype_files, packed_npz
+from engine.files.genotype_files import beside
 from engine.genomics import admixture, exposure, li_stephens, people, run_folder, sex_chromosomes, stream
 from engine.genomics.evaluate import evaluate
 from engine.genomics.matching import common_sites
@@ -162,9 +163,7 @@ def sample_command(
         from engine.genomics.transformer import command
 
         return command.sample_command(run, n, out=out, group=group, seed=seed, shard=shard, progress=progress)
-    index, count = shard
-    if n < 1 or not 0 <= index < count:
-        raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
+    index, count = checked_shard(n, shard)
     if shard_by not in ("people", "sites"):
         raise UsageError("people or sites", repr(shard_by), "--shard-by")
     genotype_files.suffix_of(out)
@@ -200,14 +199,9 @@ def sample_command(
     if in_words and by_sites:
         raise UsageError("--shard-by people for X, --admix, --sex and --phenotype", "sites", "sample")
     warnings = [*model.warnings, *genotype_files.lost(target)]
-    if count > 1 and _is_whole(target, request, seed):
-        return _sampled(target, model.n_sites, read_groups(target), stop - first, True, warnings)
-    if target.exists() and (count == 1 or _beside(target, "provenance.json").exists()):
-        raise UsageError(
-            "a file that does not exist yet", "an existing one", target, "another --out, or remove it first"
-        )
-    if target.exists():
-        genotype_files.remove(target)  # a shard without its record
+    if count > 1 and is_whole(target, request, seed):
+        return sampled(target, model.n_sites, read_groups(target), stop - first, True, warnings)
+    make_way(target, count)
     tell = lambda what: None if progress is None else lambda done, total: progress(what, done, total)  # noqa: E731
     told: dict[str, object] = {}
     exposed: exposure.Exposure | None = None
@@ -226,15 +220,15 @@ def sample_command(
         if source.held is not None:
             exposed = exposure.of_held(model, source.held)
     if exposed is not None and not (by_sites and index):
-        exposure.write(exposed, model, seed, _beside(target, exposure.SUFFIX))
+        exposure.write(exposed, model, seed, beside(target, exposure.SUFFIX))
         told |= {"exposure": exposed.summary()}
     record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
-    job = stream.Job(target, source.layout(_header_lines(request, seed)), source.groups, record)
+    job = stream.Job(target, source.layout(header_lines(request, seed)), source.groups, record)
     stream.start(job)
     written = stream.write_parts(job, source.rows, shard=shard if by_sites else (0, 1), progress=tell("writing"))
     if not by_sites:
-        _finish(job)
-    made = _sampled(target, model.n_sites, source.groups.tolist(), stop - first, not written and by_sites, warnings)
+        close(job)
+    made = sampled(target, model.n_sites, source.groups.tolist(), stop - first, not written and by_sites, warnings)
     return made | {"haplotypes": source.head.n_haplotypes} | told
 
 
@@ -255,10 +249,10 @@ def finish_command(out: str | Path, count: int, *, progress: Progress | None = N
         job = _join_people(out, count, progress)
     count_people, sites = len(job.layout.head.sample_ids), job.layout.head.n_sites
     _tell(progress, "joining", 0, 1)
-    _finish(job)
+    close(job)
     _tell(progress, "joining", 1, 1)
     groups = [] if job.groups is None else job.groups.tolist()
-    made = _sampled(out, sites, groups, count_people, False, job.record["warnings"])
+    made = sampled(out, sites, groups, count_people, False, job.record["warnings"])
     return made | {"haplotypes": job.layout.head.n_haplotypes}
 
 
@@ -269,9 +263,9 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
     groups: list[str] = []
     for index in range(count):
         path = shard_path(out, index, count)
-        if not path.exists() or not _beside(path, "provenance.json").exists():
+        if not path.exists() or not beside(path, "provenance.json").exists():
             raise InputError(f"all {count} shards", f"no shard {index}", path, f"--shard {index}/{count}")
-        record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
+        record = json.loads(beside(path, "provenance.json").read_text(encoding="utf-8"))
         same = ("model_sha256", "people", "group", "asked", "sampling_sha256")
         if record["sha256"] != provenance.input_record(path)["sha256"]:
             raise InputError("the file that its provenance describes", "another", path, "making this shard again")
@@ -283,7 +277,7 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
             raise InputError(f"seed {records[0]['seed']}", str(record["seed"]), path, "removing the stale shard")
         records.append(record)
         if record["request"]["stop_person"] > record["request"]["first_person"]:
-            panels.append(read_panel(path, samples_tsv=_beside(path, "samples.tsv")))
+            panels.append(read_panel(path, samples_tsv=beside(path, "samples.tsv")))
             groups += read_groups(path)
         _tell(progress, "reading shards", index + 1, count)
     joined = concatenate(panels)
@@ -297,11 +291,11 @@ def _join_people(out: Path, count: int, progress: Progress | None) -> stream.Job
     }
     shards = [shard_path(out, index, count) for index in range(count)]
     people.join_beside(shards, out)
-    tables = [_beside(shard, exposure.SUFFIX) for shard in shards]
+    tables = [beside(shard, exposure.SUFFIX) for shard in shards]
     if all(table.exists() for table in tables):
-        exposure.join(tables, _beside(out, exposure.SUFFIX))
+        exposure.join(tables, beside(out, exposure.SUFFIX))
     source = stream.of_panel(replace(joined, samples=replace(joined.samples, group=np.array(groups, dtype=str))), out)
-    job = stream.Job(out, source.layout(_header_lines(request, seed)), source.groups, record)
+    job = stream.Job(out, source.layout(header_lines(request, seed)), source.groups, record)
     stream.start(job)
     stream.write_parts(job, source.rows)
     return job
@@ -388,7 +382,7 @@ def evaluate_command(
             "a folder that does not exist yet", "an existing one", out, "another --out, or remove it first"
         )
     inputs = [Path(path) for path in (real, synthetic, train, samples) if path is not None]
-    table = _beside(Path(synthetic), "samples.tsv")
+    table = beside(Path(synthetic), "samples.tsv")
     whole = sex_chromosomes.complete  # on X, haplotypes that run from end to end
     real_panel = whole(read_panel(real, samples_tsv=samples))
     synthetic_panel = whole(read_panel(synthetic, samples_tsv=table if table.exists() else None))
@@ -456,7 +450,7 @@ def concatenate(panels: Sequence[HaplotypePanel]) -> HaplotypePanel:
 
 def read_groups(path: str | Path) -> list[str]:
     """Groups of the people in a sampled file, from the table beside it, in order."""
-    table = _beside(Path(path), "samples.tsv")
+    table = beside(Path(path), "samples.tsv")
     lines = table.read_text(encoding="utf-8").splitlines()[1:]
     group, _ = read_samples(table, [line.split("\t")[0] for line in lines])
     return [] if group is None else group.tolist()
@@ -467,34 +461,48 @@ def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
         progress(what, done, total)
 
 
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f"{path.name}.{what}")
+def checked_shard(n: int, shard: tuple[int, int]) -> tuple[int, int]:
+    """`shard` as it is; UsageError where it or n cannot be."""
+    index, count = shard
+    if n < 1 or not 0 <= index < count:
+        raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
+    return shard
 
 
-def _is_whole(path: Path, request: dict[str, Any], seed: int) -> bool:
+def make_way(target: Path, count: int) -> None:
+    """Remove a shard without its record; UsageError for any other file that is there."""
+    if target.exists() and (count == 1 or beside(target, "provenance.json").exists()):
+        raise UsageError(
+            "a file that does not exist yet", "an existing one", target, "another --out, or remove it first"
+        )
+    if target.exists():
+        genotype_files.remove(target)
+
+
+def is_whole(path: Path, request: dict[str, Any], seed: int) -> bool:
     """Whether `path` was written for this very request and has not changed since."""
     try:
-        record = json.loads(_beside(path, "provenance.json").read_text(encoding="utf-8"))
+        record = json.loads(beside(path, "provenance.json").read_text(encoding="utf-8"))
         same = record["request"] == request and record["seed"] == seed
         is_same = same and record["sha256"] == provenance.input_record(path)["sha256"]
-        return bool(is_same and _beside(path, "samples.tsv").exists())
+        return bool(is_same and beside(path, "samples.tsv").exists())
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _header_lines(request: dict[str, Any], seed: int) -> list[str]:
+def header_lines(request: dict[str, Any], seed: int) -> list[str]:
     return [
         "##engine_data=SYNTHETIC: generated by a model, no record describes a living person",
         f"##engine_command=genomics sample, engine {__version__}, commit {provenance.commit()['commit']}",
-        f"##engine_model=li_stephens, sha256 {request['model_sha256']}, seed {seed}",
+        f"##engine_model={request.get('model', 'li_stephens')}, sha256 {request['model_sha256']}, seed {seed}",
     ]
 
 
-def _finish(job: stream.Job) -> None:
+def close(job: stream.Job) -> None:
     """The genotype file first, its provenance last: a file without a record counts as not written."""
     stream.join(job)
     if job.groups is not None:
-        write_samples(stream.panel_of(job), _beside(job.path, "samples.tsv"))
+        write_samples(stream.panel_of(job), beside(job.path, "samples.tsv"))
     record = provenance.record(
         "genomics sample", config=job.record["config"], seed=job.record["seed"], synthetic=True,
         extra={
@@ -502,11 +510,11 @@ def _finish(job: stream.Job) -> None:
             "request": job.record["request"], "warnings": job.record["warnings"],
         },
     )  # fmt: skip
-    atomic.write_json(_beside(job.path, "provenance.json"), record)
+    atomic.write_json(beside(job.path, "provenance.json"), record)
     stream.remove_parts(job.path)
 
 
-def _sampled(
+def sampled(
     path: Path, sites: int, groups: list[str], people: int, skipped: bool, warnings: list[str]
 ) -> dict[str, Any]:
     names, counts = np.unique(np.array(groups, dtype=str), return_counts=True)

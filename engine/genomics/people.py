@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from engine.errors import InputError, UsageError
+from engine.files.genotype_files import beside
 from engine.genomics import admixture, held_paths, local_ancestry, sex_chromosomes, stream
 from engine.genomics.admixture import Pulse
 from engine.genomics.li_stephens import LiStephens, Paths, joined_paths
@@ -168,20 +169,20 @@ def source(
 def write_beside(drawn: Drawn, path: Path, *, start: int = 0) -> None:
     """Write what a genotype file does not hold: local ancestry (`PATH.bp`) and phenotypes (`PATH.pheno.tsv`)."""
     if drawn.tracts is not None:
-        local_ancestry.write_bp(path.with_name(f"{path.name}.bp"), synthetic_ids(start, drawn.n), drawn.tracts)
+        local_ancestry.write_bp(beside(path, "bp"), synthetic_ids(start, drawn.n), drawn.tracts)
     if drawn.phenotypes is not None:
-        write_phenotypes(drawn.phenotypes, path.with_name(f"{path.name}.pheno.tsv"))
+        write_phenotypes(drawn.phenotypes, beside(path, "pheno.tsv"))
 
 
 def join_beside(shards: list[Path], out: Path) -> None:
     """The local ancestry and phenotypes of shards of people, in order, beside `out`."""
     for what, join in (("bp", local_ancestry.join_bp), ("pheno.tsv", join_phenotypes)):
-        parts = [shard.with_name(f"{shard.name}.{what}") for shard in shards]
+        parts = [beside(shard, what) for shard in shards]
         if any(part.exists() for part in parts):
             absent = [part for part in parts if not part.exists()]
             if absent:
                 raise InputError(f"{what} beside every shard", "none", absent[0], "making this shard again")
-            join(parts, out.with_name(f"{out.name}.{what}"))
+            join(parts, beside(out, what))
 
 
 def take(drawn: Drawn, index: np.ndarray) -> Drawn:

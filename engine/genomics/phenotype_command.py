@@ -11,6 +11,7 @@ import numpy as np
 
 from engine import atomic, provenance
 from engine.errors import UsageError
+from engine.files.genotype_files import beside
 from engine.genomics import phenotypes
 from engine.genomics.panel import read_panel
 
@@ -81,9 +82,8 @@ def phenotype_command(
         known = known.take(phenotypes.ascertained(known, case_fraction, people=people, seed=seed))
     elif people is not None:
         raise UsageError("--case-fraction with --people", "--people alone", "phenotype")
-    beside = lambda what: out.with_name(f"{out.name}.{what}")  # noqa: E731
-    phenotypes.write_effects(made, beside("effects.tsv"))
-    made.save(beside("trait.json"))
+    phenotypes.write_effects(made, beside(out, "effects.tsv"))
+    made.save(beside(out, "trait.json"))
     phenotypes.write_phenotypes(known, out)
     inputs = [Path(path) for path in (panel_path, trait, effects, covariates) if path is not None]
     config = {
@@ -97,7 +97,7 @@ def phenotype_command(
         seed=seed,
         extra={"file": out.name, "sha256": provenance.sha256(out)},
     )
-    atomic.write_json(beside("provenance.json"), record)
+    atomic.write_json(beside(out, "provenance.json"), record)
     return {
         "out": str(out),
         "people": len(known.ids),

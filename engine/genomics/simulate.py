@@ -27,6 +27,7 @@ import numpy as np
 from engine import __version__, atomic, provenance, seeding
 from engine.errors import InputError, Unsupported, UsageError, closest
 from engine.files import genetic_map, genotype_files, genotypes, ploidy
+from engine.files.genotype_files import beside
 from engine.files.genotypes import GenotypeData, Layout
 from engine.genomics import stream
 from engine.genomics.panel import synthetic_ids, write_samples
@@ -147,16 +148,16 @@ def simulate_command(
         job, blocks.rows, progress=None if progress is None else lambda done, total: progress("writing", done, total)
     )
     stream.join(job)
-    write_samples(stream.panel_of(job), _beside(out, "samples.tsv"))
-    atomic.write_text(_beside(out, "gmap"), blocks.map_text(length_bp))
+    write_samples(stream.panel_of(job), beside(out, "samples.tsv"))
+    atomic.write_text(beside(out, "gmap"), blocks.map_text(length_bp))
     record = provenance.record("genomics simulate", config=request, seed=simulation.seed, synthetic=True,
                                extra={"file": out.name, "sha256": provenance.input_record(out)["sha256"]})  # fmt: skip
-    atomic.write_json(_beside(out, "provenance.json"), record)
+    atomic.write_json(beside(out, "provenance.json"), record)
     stream.remove_parts(out)
     return {
         "out": str(out), "people": len(groups), "haplotypes": 2 * len(groups), "sites": layout.head.n_sites,
         "records": layout.n_records, "length_bp": length_bp, "groups": dict(simulation.people),
-        "map": str(_beside(out, "gmap")), "samples": str(_beside(out, "samples.tsv")),
+        "map": str(beside(out, "gmap")), "samples": str(beside(out, "samples.tsv")),
     }  # fmt: skip
 
 
@@ -347,10 +348,6 @@ class _Blocks:
 def _map_record(own: genetic_map.GeneticMap) -> list[str]:
     points = hashlib.sha256(own.position_bp.tobytes() + own.position_cm.tobytes()).hexdigest()
     return [own.source, points]
-
-
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f"{path.name}.{what}")
 
 
 def _msprime() -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from engine.errors import Unsupported, UsageError
 from engine.genomics import chains, li_stephens
-from engine.genomics.commands import fit_command, sample_command, score_command
+from engine.genomics.commands import finish_command, fit_command, sample_command, score_command
 from engine.genomics.panel import HaplotypePanel, panel_from_alleles, read_panel, write_panel
 from engine.genomics.transformer import features, train
 from engine.genomics.transformer.batches import batch, log_likelihood, new_network
@@ -344,6 +344,8 @@ def test_fit_score_and_sample_from_files(tmp_path, panel):
     shards = [read_panel(tmp_path / f"shared.shard-000{i}-of-0002.bcf").alleles_nl() for i in range(2)]
     np.testing.assert_array_equal(np.concatenate(shards), again.alleles_nl())
     assert sample_command(tmp_path / "run", 5, out=tmp_path / "shared.bcf", seed=1, shard=(1, 2))["skipped"]
+    finish_command(tmp_path / "shared.bcf", 2)
+    assert (tmp_path / "shared.bcf").read_bytes() == (tmp_path / "made.bcf").read_bytes()
     with pytest.raises(Unsupported, match="--sex"):
         sample_command(tmp_path / "run", 5, out=tmp_path / "more.bcf", sex="male")
 

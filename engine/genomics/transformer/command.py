@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import InputError, UsageError
+from engine.errors import InputError
 from engine.files import delimited
 from engine.genomics import li_stephens, run_folder, stream
 from engine.genomics.li_stephens import LiStephens
@@ -94,36 +94,28 @@ def sample_command(
     from engine.genomics import commands
     from engine.genomics.transformer.run import load
 
-    index, count = shard
-    if n < 1 or not 0 <= index < count:
-        raise UsageError("n >= 1 and shard i/k with 0 <= i < k", f"n {n}, shard {index}/{count}", "sample")
+    index, count = commands.checked_shard(n, shard)
     genotype_files.suffix_of(out)
     target = Path(out) if count == 1 else commands.shard_path(out, index, count)
     model = load(run)
     seed = model.config.seed if seed is None else seed
     first, stop = index * n // count, (index + 1) * n // count
     request = {
-        "model_sha256": run_folder.checksum(Path(run) / "reference"), "people": n, "group": group,
+        "model": "transformer", "model_sha256": run_folder.checksum(Path(run) / "reference"), "people": n, "group": group,
         "shard": [index, count], "first_person": first, "stop_person": stop, "asked": {"checkpoint": model.digest},
     }  # fmt: skip
     warnings = [*model.warnings, *genotype_files.lost(target)]
-    if count > 1 and commands._is_whole(target, request, seed):
+    if count > 1 and commands.is_whole(target, request, seed):
         groups = commands.read_groups(target)
-        return commands._sampled(target, model.n_sites, groups, stop - first, True, warnings)
-    if target.exists() and (count == 1 or commands._beside(target, "provenance.json").exists()):
-        raise UsageError(
-            "a file that does not exist yet", "an existing one", target, "another --out, or remove it first"
-        )
-    if target.exists():
-        genotype_files.remove(target)
+        return commands.sampled(target, model.n_sites, groups, stop - first, True, warnings)
+    commands.make_way(target, count)
     tell = None if progress is None else lambda done, total: progress("drawing", done, total)
     made = model.sample(stop - first, groups=group, seed=seed, start=first, progress=tell)
     source = stream.of_panel(made, target)
     record = {"config": model.config.model_dump(), "request": request, "seed": seed, "warnings": warnings}
-    lines = [line.replace("=li_stephens,", "=transformer,") for line in commands._header_lines(request, seed)]
-    job = stream.Job(target, source.layout(lines), source.groups, record)
+    job = stream.Job(target, source.layout(commands.header_lines(request, seed)), source.groups, record)
     stream.start(job)
     stream.write_parts(job, source.rows)
-    commands._finish(job)
+    commands.close(job)
     groups = [] if made.samples.group is None else made.samples.group.tolist()
-    return commands._sampled(target, model.n_sites, groups, stop - first, False, warnings)
+    return commands.sampled(target, model.n_sites, groups, stop - first, False, warnings)
