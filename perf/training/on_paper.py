@@ -2,10 +2,9 @@
 
     python perf/training/on_paper.py configs/imaging/hippocampus_cpu15.yaml --batch-per-gpu 4
 
-Networks are built on the meta device, and their floating-point operations counted by running them there (forward and
-backward, PyTorch's FlopCounterMode): nothing is measured. Data parallel exchanges float32 gradients in a ring,
-2 (w - 1) / w of their bytes per process; sharded training gathers the weights twice and scatters the gradients once,
-3 (w - 1) / w. The rates of a GPU and of its share of the network are assumptions, named in the output and set by options.
+Parameters and operations are those of `engine imaging estimate`, counted on the meta device: nothing is measured.
+Data parallel exchanges float32 gradients in a ring, 2 (w - 1) / w of their bytes per process; sharded training gathers the
+weights twice and scatters the gradients once, 3 (w - 1) / w. The rates of a GPU and of its share of the network are assumptions, named in the output and set by options.
 Exchange hidden behind the backward pass is not counted on: efficiency is compute / (compute + exchange), the worst case.
 """
 
@@ -16,50 +15,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from engine.imaging.autoencoder import Autoencoder
-from engine.imaging.config import ImagingConfig, load_config
-from engine.imaging.denoiser import Condition
-from engine.imaging.velocity import new_denoiser
-
-
-def operations(module: nn.Module, *inputs: Any) -> float:
-    """Floating-point operations of one forward and backward pass, 2 per multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        output = module(*inputs)
-        (output[0] if isinstance(output, tuple) else output).sum().backward()
-    return float(counter.get_total_flops())
+from engine.imaging.config import ImagingConfig, apply_overrides, load_config, parse_config
+from engine.imaging.estimate import autoencoder_step, flow_step
 
 
 def networks(config: ImagingConfig, batch: int) -> dict[str, tuple[int, float]]:
-    """(parameters, operations per step and GPU) of both stages, on the largest grid of the config."""
-    auto = config.autoencoder
-    size = max((grid.size for grid in config.data.grids), key=lambda s: s[0] * s[1] * s[2])
-    latent = tuple(n // auto.factor for n in size)
-    channels = int(config.data.image_channels) + (len(config.data.labels) if config.data.produce != "image" else 0)
-    crop = auto.crop_size or size
-    with torch.device("meta"):
-        autoencoder = Autoencoder(auto, channels)
-        denoiser = new_denoiser(config, [])
-        seen = torch.empty(batch, channels, *crop)
-        noise = torch.empty(batch, auto.latent_channels, *(n // auto.factor for n in crop))
-        x, t = torch.empty(batch, auto.latent_channels, *latent), torch.empty(batch)
-        context = config.map_channels + config.baseline_channels
-        given = Condition(
-            torch.empty(batch, 3), torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64),
-            torch.empty(batch, context, *latent) if context else None,
-        )  # fmt: skip
-    return {
-        "autoencoder": (_count(autoencoder), operations(autoencoder, seen, noise)),
-        "flow": (_count(denoiser), operations(denoiser, x, t, given)),
-    }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """(parameters, operations per step and GPU) of both stages with `batch` samples per GPU."""
+    own = [f"autoencoder.batch_size={batch}", f"flow.batch_size={batch}", "training.accumulate=1"]
+    alone = parse_config(apply_overrides(config.model_dump(), own))
+    costs = {"autoencoder": autoencoder_step(alone, bf16=True), "flow": flow_step(alone, bf16=True)}
+    return {stage: (cost.parameters, float(cost.flop)) for stage, cost in costs.items()}
 
 
 def table(found: dict[str, tuple[int, float]], per_node: int, rate: float, network: float) -> list[dict[str, Any]]:
