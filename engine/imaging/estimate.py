@@ -94,9 +94,7 @@ def estimate(config: ImagingConfig, tflops: float, processes: int = 1) -> dict[s
 def autoencoder_step(config: ImagingConfig, bf16: bool, processes: int = 1) -> StepCost:
     """A step of the first stage without its discriminator, which is small and joins late."""
     budget = config.autoencoder
-    channels = (1 if config.data.image_channels else 0) + (
-        len(config.data.labels) if config.data.produce != "image" else 0
-    )
+    channels = _channels(config)
     share = _share(budget.batch_size, processes, config.training.accumulate)
     size = budget.crop_size or config.data.size
     with torch.device("meta"):
@@ -153,8 +151,11 @@ def decoding(config: ImagingConfig) -> dict[str, Any]:
 
 
 def _autoencoder(config: ImagingConfig) -> Autoencoder:
-    drawn = len(config.data.labels) if config.data.produce != "image" else 0
-    return Autoencoder(config.autoencoder, (1 if config.data.image_channels else 0) + drawn).eval()
+    return Autoencoder(config.autoencoder, _channels(config)).eval()
+
+
+def _channels(config: ImagingConfig) -> int:
+    return int(config.data.image_channels) + config.label_channels
 
 
 def _covariates(config: ImagingConfig) -> list[Covariate]:

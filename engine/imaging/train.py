@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from engine import devices, provenance, seeding
-from engine.atomic import atomic_folder, write_text
-from engine.errors import EngineError, Unsupported, UsageError
+from engine.errors import EngineError, Unsupported
 from engine.imaging import field_of_view, monitor
 from engine.imaging.autoencoder import (
     Autoencoder,
@@ -49,6 +48,7 @@ from engine.training.ema import Ema
 from engine.training.lock import RunLock
 from engine.training.log import Log, Progress
 from engine.training.loop import Loop, Share
+from engine.training.run_folder import open_run as open_folder
 
 
 def train(
@@ -408,18 +408,7 @@ def _resolved(config: ImagingConfig, device: torch.device) -> ImagingConfig:
 
 def open_run(out: Path, config: ImagingConfig, resume: bool) -> None:
     """Create the run folder, or check that the one there holds this run."""
-    stored = out / "config.yaml"
-    if not resume:
-        if out.exists():
-            raise UsageError("a folder that does not exist yet", "an existing one", out, "another --out, or --resume")
-        with atomic_folder(out) as folder:  # a folder without its config could neither be resumed nor begun
-            write_text(folder / "config.yaml", dump_config(config))
-        return
-    if not stored.is_file():
-        raise UsageError("a run folder with config.yaml", "none", out, "the folder of an earlier run, or no --resume")
-    before, now = load_config(stored).model_dump(), config.model_dump()
-    for section in ("data", "autoencoder", "flow", "seed", "privacy"):
-        if before[section] != now[section]:
-            raise UsageError(f"the config this run was started with (it differs in {section})", "another", stored)
-    if before["training"]["precision"] != now["training"]["precision"]:
-        raise UsageError(f"precision {before['training']['precision']}", now["training"]["precision"], stored)
+    open_folder(
+        out, resume, text=dump_config(config), now=config.model_dump(), stored=lambda path: load_config(path).model_dump(),
+        sections=("data", "autoencoder", "flow", "seed", "privacy"),
+    )  # fmt: skip

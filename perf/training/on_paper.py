@@ -2,10 +2,11 @@
 
     python perf/training/on_paper.py configs/imaging/hippocampus_cpu15.yaml --batch-per-gpu 4
 
-Parameters and operations are those of `engine imaging estimate`, counted on the meta device: nothing is measured.
-Data parallel exchanges float32 gradients in a ring, 2 (w - 1) / w of their bytes per process; sharded training gathers the
-weights twice and scatters the gradients once, 3 (w - 1) / w. The rates of a GPU and of its share of the network are assumptions, named in the output and set by options.
-Exchange hidden behind the backward pass is not counted on: efficiency is compute / (compute + exchange), the worst case.
+Parameters and operations are those of `engine imaging estimate`, counted on the meta device: nothing is measured. Data
+parallel exchanges float32 gradients in a ring, 2 (w - 1) / w of their bytes per process; sharded training gathers the
+weights twice and scatters the gradients once, 3 (w - 1) / w. The rates of a GPU and of its share of the network are
+assumptions, named in the output and set by options. Exchange hidden behind the backward pass is not counted on:
+efficiency is compute / (compute + exchange), the worst case.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from engine import devices, provenance, seeding
-from engine.atomic import atomic_folder, write_text
 from engine.errors import EngineError, UsageError
 from engine.genomics import li_stephens
 from engine.genomics.li_stephens import LiStephens
@@ -40,6 +39,7 @@ from engine.training.ema import Ema
 from engine.training.lock import RunLock
 from engine.training.log import Log, Progress
 from engine.training.loop import Loop, Share
+from engine.training.run_folder import open_run as open_folder
 
 JUDGED_TOGETHER = 32  # haplotypes
 
@@ -396,21 +396,14 @@ def _resolved(config: TransformerConfig, device: torch.device) -> TransformerCon
 
 def open_run(out: Path, config: TransformerConfig, resume: bool) -> None:
     """Create the run folder, or check that the one there holds this run."""
-    stored = out / "config.yaml"
-    if not resume:
-        if out.exists():
-            raise UsageError("a folder that does not exist yet", "an existing one", out, "another --out, or --resume")
-        with atomic_folder(out) as folder:
-            write_text(folder / "config.yaml", dump_config(config))
-        return
-    if not stored.is_file():
-        raise UsageError("a run folder with config.yaml", "none", out, "the folder of an earlier run, or no --resume")
-    try:
-        before, now = load_config(stored).model_dump(), config.model_dump()
-    except EngineError as error:
-        raise UsageError("the config of a transformer run", str(error), stored) from None
-    for section in ("seed", "copying", "bank", "start", "network", "fit", "phenotypes"):
-        if before[section] != now[section]:
-            raise UsageError(f"the config this run was started with (it differs in {section})", "another", stored)
-    if before["training"]["precision"] != now["training"]["precision"]:
-        raise UsageError(f"precision {before['training']['precision']}", now["training"]["precision"], stored)
+
+    def stored(path: Path) -> dict[str, Any]:
+        try:
+            return load_config(path).model_dump()
+        except EngineError as error:
+            raise UsageError("the config of a transformer run", str(error), path) from None
+
+    open_folder(
+        out, resume, text=dump_config(config), now=config.model_dump(), stored=stored,
+        sections=("seed", "copying", "bank", "start", "network", "fit", "phenotypes"),
+    )  # fmt: skip
