@@ -167,16 +167,21 @@ def test_learning_makes_two_crops_of_a_scan_alike():
     """Neighbours in the learned space are the two views of one scan, more often than before learning."""
 
     def found(network: torch.nn.Module) -> float:
-        a, b = features.two_views(REAL.x_ndhw, 3, LearningConfig(batch_size=24), 0, seeding.generator(5, "tests"))
-        with torch.no_grad():
-            x, y = (network(v).numpy()[:, -128:] for v in (a, b))
-        x, y = ((v - v.mean(axis=0)) / (v.std(axis=0) + 1e-6) for v in (x, y))
-        nearest = ((x[:, None] - y[None]) ** 2).sum(axis=2).argmin(axis=1)
-        return float((nearest == np.arange(24)).mean())
+        hits = []
+        for draw in range(8):
+            views = features.two_views(
+                REAL.x_ndhw, 3, LearningConfig(batch_size=24), 0, seeding.generator(draw, "tests")
+            )
+            with torch.no_grad():
+                x, y = (network(view).numpy()[:, -128:] for view in views)
+            x, y = ((v - v.mean(axis=0)) / (v.std(axis=0) + 1e-6) for v in (x, y))
+            nearest = ((x[:, None] - y[None]) ** 2).sum(axis=2).argmin(axis=1)
+            hits.append((nearest == np.arange(24)).mean())
+        return float(np.mean(hits))
 
     torch.manual_seed(0)
     before = found(features.Encoder(3).eval())
-    learned = features.train_encoder(TRAIN.x_ndhw, 3, LearningConfig(steps=60, batch_size=16), 0, CPU)
+    learned = features.train_encoder(TRAIN.x_ndhw, 3, LearningConfig(), 0, CPU)
     assert found(learned) > before + 0.1
 
 
@@ -360,7 +365,7 @@ def test_config_names_the_nearest_key(tmp_path):
     with pytest.raises(InputError, match="steps"):
         load_quality_config(tmp_path / "q.yaml")
     (tmp_path / "q.yaml").write_text(
-        f"extractor: {{weights: [{{kind: medicalnet, path: w.pth, sha256: {'0' * 64}}}]}}\n"
+        f"extractor: {{weights: [{{kind: medicalnet, path: w.pth, sha256: '{'0' * 64}'}}]}}\n"
     )
     config = load_quality_config(tmp_path / "q.yaml", ["segmenter.steps=7"])
     assert config.segmenter.steps == 7

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine import seeding
 from engine.imaging.quality.config import LearningConfig
-from engine.imaging.quality.features import Encoder, at_most, cosine
+from engine.imaging.quality.features import Encoder, at_most, cosine, descend
 
 _SHIFT = 2
 _SEEN = 64  # voxels per axis that the network is shown; longer axes are averaged down
@@ -47,13 +47,8 @@ def train_classifier(
         rng = seeding.generator(seed, purpose, step)
         chosen = [int(rng.choice(present[k % len(present)])) for k in range(config.batch_size)]
         batch = torch.stack([_moved(x[k], rng) for k in chosen]).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config, step)
         loss = F.cross_entropy(network(batch), torch.from_numpy(level_n[chosen].astype(np.int64)).to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, loss, cosine(config, step))
     return network.eval()
 
 

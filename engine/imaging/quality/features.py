@@ -155,15 +155,19 @@ def train_encoder(
     for step in range(settings.steps):
         rng = seeding.generator(seed, purpose, step)
         a, b = (view.to(device) for view in two_views(x_ndhw, dimensions, settings, step, rng))
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(settings, step)
         described = projector(encoder(torch.cat([a, b]))[:, -_WIDTHS[-1] :])
-        loss = vicreg(*described.chunk(2))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        descend(optimizer, vicreg(*described.chunk(2)), cosine(settings, step))
     return encoder.eval()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step down the gradient of `loss`, whose norm is cut at 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
 
 
 def cosine(settings: LearningConfig, step: int) -> float:

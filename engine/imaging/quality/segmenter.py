@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine import seeding
 from engine.imaging.quality.config import SegmenterConfig
-from engine.imaging.quality.features import cosine, learned
+from engine.imaging.quality.features import cosine, descend, learned
 
 _SHIFT = 3  # voxels
 _CONTRAST = 0.25  # largest logarithm of the gamma
@@ -62,13 +62,8 @@ def train_segmenter(
     fold = _fold(config)
     for step in range(config.steps):
         x, codes = _batch(x_ndhw, codes_ndhw, config, seeding.generator(seed, purpose, step))
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(config, step)
         loss = loss_of(network(_padded(x, fold).to(device)), _padded(codes, fold).to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        descend(optimizer, loss, cosine(config, step))
     return network.eval()
 
 
