@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.errors import InputError, UsageError, closest
+from engine.errors import InputError, closest
+from engine.training.settings import apply_overrides
 
 BASELINE = "baseline_"  # before the name of a covariate: its value at the earlier visit
 
@@ -357,29 +358,6 @@ def parse_config(values: dict[str, Any], where: object = "config") -> ImagingCon
             near = closest(str(location[-1]), _known_keys(location))
             raise InputError("a known config key", f"'{key}'", where, near) from None
         raise InputError(f"{key}: {fault['msg']}", where=where) from None
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Return `values` with each "a.b=c" applied; c is read as YAML.
-
-    Raises:
-        UsageError: an override has no "=" or passes through a value that is no mapping.
-    """
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path:
-            raise UsageError("an override of the form a.b=value", override, "--set")
-        keys = path.strip().split(".")
-        values = {**values}
-        here = values
-        for key in keys[:-1]:
-            inner = {} if here.get(key) is None else here[key]  # a section that a resolved config has as null
-            if not isinstance(inner, dict):
-                raise UsageError(f"a section at '{key}'", f"a single value, in '{override}'", "--set")
-            here[key] = {**inner}
-            here = here[key]
-        here[keys[-1]] = yaml.safe_load(text)
-    return values
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ImagingConfig:

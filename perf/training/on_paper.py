@@ -16,8 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.imaging.config import ImagingConfig, apply_overrides, load_config, parse_config
+from engine.imaging.config import ImagingConfig, load_config, parse_config
 from engine.imaging.estimate import autoencoder_step, flow_step
+from engine.training.settings import apply_overrides
 
 
 def networks(config: ImagingConfig, batch: int) -> dict[str, tuple[int, float]]:

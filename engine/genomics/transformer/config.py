@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from engine.errors import UsageError, closest
 from engine.genomics.chains import ChainSpec
 from engine.genomics.li_stephens import LiStephensConfig
+from engine.training.settings import apply_overrides
 
 
 class _Section(BaseModel):
@@ -134,18 +135,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TransformerC
         raise UsageError("a YAML file", str(error).splitlines()[0], path) from None
     if not isinstance(values, dict):
         raise UsageError("a mapping of settings", type(values).__name__, path)
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError("key=value", text, "--set")
-        at = values
-        *outer, last = key.split(".")
-        for part in outer:
-            at = at.setdefault(part, {})
-            if not isinstance(at, dict):
-                raise UsageError("a section", f"'{part}'", f"--set {text}")
-        at[last] = yaml.safe_load(value)
-    return parse_config(values, path)
+    return parse_config(apply_overrides(values, list(overrides)), path)
 
 
 def parse_config(values: dict[str, Any], where: object = "config") -> TransformerConfig:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import InputError, closest
-from engine.imaging.config import apply_overrides
+from engine.training.settings import apply_overrides
 
 
 class _Section(BaseModel):
