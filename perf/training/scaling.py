@@ -55,8 +55,9 @@ def loader(run: Path, data: Path, steps: int) -> dict[str, float]:
     """Samples per second of both stages' batches, made by one thread with no model."""
     from engine.imaging.config import load_config
     from engine.imaging.dataset import learn_covariates, load_scans, read_table
-    from engine.imaging.draws import flow_batch, flow_data, moved
+    from engine.imaging.draws import flow_batch, flow_data
     from engine.imaging.latents import cached_latents
+    from engine.imaging.train import moved
     from engine.provenance import sha256
     from engine.training import distributed
     from engine.training.loop import shares

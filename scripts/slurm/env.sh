@@ -7,6 +7,7 @@
 
 # What pipeline.sh gives its jobs beyond the #SBATCH lines in them. Training takes one task per GPU; on several nodes:
 # ENGINE_TRAIN_RESOURCES="--nodes=4 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --mem=0 --time=24:00:00"
+# ENGINE_FIT_RESOURCES="--cpus-per-task=8 --mem=32G"
 # ENGINE_GENERATE_RESOURCES="--gpus-per-node=1 --time=02:00:00"
 # ENGINE_AUDIT_RESOURCES="--mem=64G --time=08:00:00"
 

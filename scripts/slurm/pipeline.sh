@@ -2,6 +2,7 @@
 # Submit the whole chain, each stage after the one before it has ended well (afterok); prints "stage job-id" lines.
 #   scripts/slurm/pipeline.sh imaging  CONFIG CSV        OUT N [SHARDS [SEED]]     prepare train generate finish audit
 #   scripts/slurm/pipeline.sh genomics PANEL MAP SAMPLES OUT N [SHARDS [SEED]]     prepare fit   generate finish audit
+# With ENGINE_TRANSFORMER=CONFIG the haplotype model is that transformer, trained like a scan model: prepare train generate ...
 # Results, one folder each under OUT: cache or split, run, synthetic, audit; logs/ has what the jobs said. A stage that fails
 # takes those behind it out of the queue. The audit's job fails (exit 3) unless the verdict is a pass.
 set -euo pipefail
@@ -36,7 +37,11 @@ if [ "$modality" = imaging ]; then
   synthetic=$out/synthetic train=$out/run/train.csv holdout=$out/run/holdout.csv
 else
   submit prepare "${ENGINE_PREPARE_RESOURCES:-}" prepare_genomics "$panel" "$samples" "$out/split" --seed "$seed"
-  submit fit "${ENGINE_TRAIN_RESOURCES:-}" fit_genomics "$out/split/train.bcf" "$map" "$samples" "$out/run"
+  if [ -n "${ENGINE_TRANSFORMER:-}" ]; then
+    submit train "${ENGINE_TRAIN_RESOURCES:-}" train_genomics "$ENGINE_TRANSFORMER" "$out/split/train.bcf" "$map" "$samples" "$out/run"
+  else
+    submit fit "${ENGINE_FIT_RESOURCES:-}" fit_genomics "$out/split/train.bcf" "$map" "$samples" "$out/run"
+  fi
   synthetic=$out/synthetic.bcf train=$out/split/train.bcf holdout=$out/split/holdout.bcf
 fi
 submit generate "--array=0-$((shards - 1)) ${ENGINE_GENERATE_RESOURCES:-}" "generate_$modality" "$out/run" "$n" "$synthetic" "$seed"

@@ -31,6 +31,7 @@ CLUSTER = Path(__file__).with_name("cluster.sh")
 SITE = """
 ENGINE_PREPARE_RESOURCES="--cpus-per-task=1"
 ENGINE_TRAIN_RESOURCES="${TEST_TRAIN_RESOURCES:-} --cpus-per-task=1"
+ENGINE_FIT_RESOURCES="--cpus-per-task=1"
 ENGINE_GENERATE_RESOURCES="--cpus-per-task=1"
 ENGINE_FINISH_RESOURCES="--cpus-per-task=1"
 ENGINE_AUDIT_RESOURCES="--cpus-per-task=1"
@@ -45,6 +46,19 @@ SCANS = {
     "sampling": {"steps": 8},
     "training": {"precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 100},
 }  # fmt: skip
+
+
+HAPLOTYPES = {
+    "model": "transformer",
+    "copying": {"ne": 20_000, "mismatch": 0.01, "min_carriers": 1},
+    "bank": [{"redrawn": 0.01, "mismatch": 0.45}, {"ne": 20_000, "parent": 0, "floor": 0.1}, {"ne": 80_000}],
+    "start": [0.0, 0.5, 0.5],
+    "network": {
+        "patch": 4, "width": 8, "depth": 2, "heads": 2, "attention": 3, "hidden": 8, "site_width": 2, "dropout": 0.1,
+    },
+    "fit": {"steps": 250, "batch_size": 6, "judge_every_steps": 125, "window": 4, "held_out": 0.2},
+    "training": {"precision": "fp32", "log_every_steps": 1, "checkpoint_every_steps": 50},
+}
 
 
 class Slurm:
@@ -126,8 +140,8 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def flow_step(run: Path) -> int:
-    return max((e["step"] for e in events(run)[-3:] if e["event"] == "flow"), default=0)
+def last_step(run: Path, stage: str) -> int:
+    return max((e["step"] for e in events(run)[-3:] if e["event"] == stage), default=0)
 
 
 def test_scans_on_two_nodes_stopped_and_requeued(slurm: Slurm, scans: Path, tmp_path: Path) -> None:
@@ -140,7 +154,7 @@ def test_scans_on_two_nodes_stopped_and_requeued(slurm: Slurm, scans: Path, tmp_
     )  # fmt: skip
     slurm("scancel", jobs["audit"])  # twelve people are too few to audit
     run, train = out / "run", jobs["train"]
-    wait_for(lambda: flow_step(run) >= 10, 120, out / "logs")
+    wait_for(lambda: last_step(run, "flow") >= 10, 120, out / "logs")
     slurm("scancel", "--batch", "--signal=USR1", train)
     wait_for(lambda: [e for e in events(run) if e["event"] == "preempted"], 30, out / "logs")
     wait_for(lambda: slurm.jobs(train)[0]["Restarts"] == "1", 30)
@@ -149,7 +163,7 @@ def test_scans_on_two_nodes_stopped_and_requeued(slurm: Slurm, scans: Path, tmp_
     }  # it waits for the end, not for the stop
     stopped = events(run)[-1]["stage_step"]
     assert 10 <= stopped < 290
-    wait_for(lambda: flow_step(run) >= stopped + 10, 120, out / "logs")
+    wait_for(lambda: last_step(run, "flow") >= stopped + 10, 120, out / "logs")
     slurm("scontrol", "requeue", train)
     wait_for(lambda: slurm.jobs(train)[0]["Restarts"] == "2", 60)
     partial = lambda: list(out.glob(".partial-*synthetic.shard-0002-*"))  # noqa: E731
@@ -207,6 +221,28 @@ def test_genotypes_from_the_panel_to_the_audit(slurm: Slurm, panel: Path, tmp_pa
     assert (tmp_path / "pair.bcf").read_bytes() == (tmp_path / "whole.bcf").read_bytes()
     record = json.loads((out / "synthetic.bcf.provenance.json").read_text())
     assert record["sha256"] == sha256(tmp_path / "whole.bcf")
+
+
+def test_transformer_on_two_nodes_stopped_and_requeued(slurm: Slurm, panel: Path, tmp_path: Path) -> None:
+    """The chain of a transformer: trained by two processes, stopped on USR1 in the middle, put back by itself; two shards."""
+    out, config = tmp_path / "out", tmp_path / "transformer.yaml"
+    config.write_text(yaml.safe_dump(HAPLOTYPES))
+    jobs = slurm.chain(
+        "genomics", panel / "panel.bcf", panel / "map.txt", panel / "samples.tsv", out, 8, 2, 1,
+        TEST_TRAIN_RESOURCES="--nodes=2 --ntasks-per-node=1", ENGINE_TRANSFORMER=str(config),
+    )  # fmt: skip
+    assert list(jobs) == ["prepare", "train", "generate", "finish", "audit"]
+    slurm("scancel", jobs["audit"])  # eight people are too few to audit
+    run = out / "run"
+    wait_for(lambda: last_step(run, "transformer") >= 10, 120, out / "logs")
+    slurm("scancel", "--batch", "--signal=USR1", jobs["train"])
+    wait_for(lambda: slurm.ended(jobs["finish"]), 240, out / "logs")
+    story = [e for e in events(run) if e["event"] in ("start", "preempted", "resume", "done")]
+    assert [e["event"] for e in story] == ["start", "preempted", "start", "resume", "done"]
+    assert all(e["processes"] == 2 for e in story if e["event"] == "start")
+    assert [e["step"] for e in events(run) if e["event"] == "transformer"] == list(range(1, 251))
+    sample_people(run, 8, out=tmp_path / "whole.bcf", seed=1)
+    assert (tmp_path / "whole.bcf").read_bytes() == (out / "synthetic.bcf").read_bytes()
 
 
 def test_a_stage_that_fails_takes_the_rest_out_of_the_queue(slurm: Slurm, tmp_path: Path) -> None:
