@@ -36,6 +36,7 @@ import numpy as np
 from engine import seeding
 from engine.errors import UsageError
 from engine.genomics import interchange
+from engine.genomics.matching import of_person
 from engine.kernels import bits, haplotype_hmm, nearest
 
 if TYPE_CHECKING:
@@ -200,8 +201,7 @@ def _mosaics(
         carriers whose donor lacks the allele.
     """
     first_s = model.samples.first_haplotype
-    person_k = np.repeat(np.arange(len(first_s) - 1), np.diff(first_s))
-    most = int(np.diff(first_s).max())
+    own_ke = of_person(first_s)
     groups = len(model.group_names)
     alt_l = bits.popcount_rows(model.bits_lw)
     minor_l, count_l = 2 * alt_l <= model.k, np.minimum(alt_l, model.k - alt_l)
@@ -212,13 +212,11 @@ def _mosaics(
     alleles_kl = np.ascontiguousarray(bits.unpack(model.bits_lw, model.k).T)
     for at in range(0, len(chosen), 100):
         part = chosen[at : at + 100]
-        own_ne = first_s[person_k[part]][:, None] + np.arange(most)
-        own_ne = np.where(own_ne < first_s[person_k[part] + 1][:, None], own_ne, -1)
         uniform_nl = np.stack(
             [seeding.generator(0, "genomics.genealogy.learn", k).random(model.n_sites) for k in part.tolist()]
         )
         path_nl = haplotype_hmm.posterior_paths(
-            model.bits_lw, model.k, alleles_kl[part], model.switch_l(), lenient_l, uniform_nl, exclude_ne=own_ne
+            model.bits_lw, model.k, alleles_kl[part], model.switch_l(), lenient_l, uniform_nl, exclude_ne=own_ke[part]
         )
         switched_n = ((np.diff(path_nl, axis=1) != 0) & within_l[1:]).sum(axis=1)
         np.add.at(switches_g, model.group_of_haplotype_k[part], switched_n)

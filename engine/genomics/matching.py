@@ -48,6 +48,18 @@ def common_sites(tables: dict[str, Sites], *, intersect: bool = False) -> list[n
     return [np.array([place[name][key] for key in shared], dtype=np.int64) for name in keys]
 
 
+def of_person(first_haplotype: np.ndarray) -> np.ndarray:
+    """int64 (K, most haplotypes of a person): all haplotypes of the person of each haplotype, -1-padded.
+
+    Args:
+        first_haplotype: int64 (S + 1,), sample s owns haplotypes first[s] .. first[s + 1] - 1.
+    """
+    count_s = np.diff(first_haplotype)
+    place = np.arange(count_s.max(initial=0))
+    own_sp = np.where(place < count_s[:, None], first_haplotype[:-1, None] + place, -1)
+    return np.repeat(own_sp, count_s, axis=0)
+
+
 def own_haplotypes(samples: Samples, bits_lw: np.ndarray, panel: HaplotypePanel, own_l: np.ndarray) -> np.ndarray:
     """The haplotypes of a reference that belong to the person of each panel haplotype, for leaving them out.
 

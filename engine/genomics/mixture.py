@@ -23,6 +23,7 @@ from engine import seeding
 from engine.errors import UsageError
 from engine.genomics import chains
 from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
+from engine.genomics.matching import of_person
 from engine.kernels import bits
 from engine.kernels.haplotype_hmm import Bank
 
@@ -184,10 +185,7 @@ def train(
     judges = max(1, round(config.held_out * len(people)))
     own = [np.arange(first_haplotype[s], first_haplotype[s + 1]) for s in people]
     row_n = np.concatenate(own)
-    width = max(len(each) for each in own)
-    leave_ne = np.concatenate(
-        [np.tile(np.pad(each, (0, width - len(each)), constant_values=-1), (len(each), 1)) for each in own]
-    )
+    leave_ne = of_person(first_haplotype)[row_n]
     learn = np.arange(sum(len(each) for each in own[judges:])) + sum(len(each) for each in own[:judges])
     judge = np.arange(learn[0])
     target_nl = bits.unpack(np.ascontiguousarray(bits.transpose(panel.bits_lw, panel.k)[row_n]), sites)

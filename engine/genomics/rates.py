@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine import seeding
+from engine.genomics.matching import of_person
 from engine.kernels import bits, haplotype_hmm
 
 BATCH = 64  # haplotypes counted at a time: three float32 values per haplotype and site are held
@@ -58,13 +59,11 @@ def learn(
     start_l, right_l = switch_l, mismatch_l
     samples = len(first_haplotype) - 1
     nats_r, n_r = np.zeros(rounds), np.zeros(rounds, np.int64)
-    bits_nw = bits.transpose(bits_lw, k)
+    bits_nw, own_ke = bits.transpose(bits_lw, k), of_person(first_haplotype)
     for turn in range(rounds):
         chosen = seeding.generator(seed, "genomics.rates", turn).permutation(samples)[: min(people, samples)]
-        own = [np.arange(first_haplotype[s], first_haplotype[s + 1]) for s in np.sort(chosen)]
-        target_n = np.concatenate(own)
-        leave_ne = np.full((len(target_n), max(len(each) for each in own)), -1, np.int64)
-        leave_ne[:, : leave_ne.shape[1]] = _own_of_each(own, leave_ne.shape[1])
+        target_n = np.concatenate([np.arange(first_haplotype[s], first_haplotype[s + 1]) for s in np.sort(chosen)])
+        leave_ne = own_ke[target_n]
         switches_l, mismatches_l, nats = np.zeros(len(switch_l)), np.zeros(len(switch_l)), 0.0
         for at in range(0, len(target_n), BATCH):
             part = slice(at, at + BATCH)
@@ -86,9 +85,3 @@ def learn(
         if fixed_l is not None:
             mismatch_l = np.where(fixed_l, right_l, mismatch_l)
     return Rates(switch_l, mismatch_l, nats_r, n_r)
-
-
-def _own_of_each(own: list[np.ndarray], width: int) -> np.ndarray:
-    """int64 (N, width): for each haplotype all haplotypes of its person, padded with -1."""
-    padded = [np.concatenate([each, np.full(width - len(each), -1)]) for each in own]
-    return np.concatenate([np.tile(row, (len(each), 1)) for row, each in zip(padded, own, strict=True)])

@@ -16,7 +16,7 @@ import numpy as np
 from engine.errors import InputError
 from engine.genomics import li_stephens, sex_chromosomes
 from engine.genomics.li_stephens import LiStephensConfig
-from engine.genomics.matching import common_sites
+from engine.genomics.matching import common_sites, of_person
 from engine.genomics.panel import HaplotypePanel
 from engine.kernels import bits, haplotype_hmm
 
@@ -79,9 +79,7 @@ def filled(panel: HaplotypePanel, config: LiStephensConfig | None = None, *, whe
     made = replace(panel, bits_lw=_with_common_alleles(panel), missing_lw=None)
     missing_nw = bits.transpose(panel.missing_lw, n)
     gaps = np.flatnonzero(missing_nw.any(axis=1))
-    owner_n, first_s = panel.sample_of_haplotype_n, panel.samples.first_haplotype
-    first_n, last_n = first_s[owner_n[gaps]], first_s[owner_n[gaps] + 1] - 1
-    own_ne = np.stack([first_n, np.where(last_n > first_n, last_n, -1)], axis=1)
+    own_ne = of_person(panel.samples.first_haplotype)[gaps]
     size = max(1, min(128, _CELLS // panel.n_sites))
     plain = (config or LiStephensConfig()).model_copy(update={"learn_rounds": 0, "mix": None})
     for _ in range(_PASSES):

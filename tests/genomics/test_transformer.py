@@ -17,6 +17,7 @@ import torch
 from engine.errors import Unsupported, UsageError
 from engine.genomics import chains, li_stephens
 from engine.genomics.commands import finish_command, fit_command, sample_command, score_command
+from engine.genomics.matching import of_person
 from engine.genomics.panel import HaplotypePanel, panel_from_alleles, read_panel, write_panel
 from engine.genomics.transformer import features, train
 from engine.genomics.transformer.batches import batch, log_likelihood, new_network
@@ -96,7 +97,7 @@ def test_an_untrained_network_is_the_mixture_of_the_chains(panel):
     model = shaken(settings(), panel, strength=0.0)
     target_nl = panel.alleles_nl()
     bank = features.bank_of(model.reference, model.config.bank)
-    own = train.own_haplotypes(model.reference)
+    own = of_person(model.reference.samples.first_haplotype)
     logits = chains.predict(bank, panel.bits_lw, 40, target_nl, leave_out=own).logit_nlc[..., 1:].mean(axis=-1)
     wanted = chains.nats(np.clip(logits, -features.LARGEST, features.LARGEST), target_nl).sum(axis=1)
     got = model.log_likelihood(panel, leave_one_out=True)
@@ -145,7 +146,7 @@ def test_leave_one_out_knows_nothing_of_the_person(panel):
     )
     config = settings()
     first, second = (li_stephens.fit(p, config.copying) for p in (panel, other))
-    own = train.own_haplotypes(first)
+    own = of_person(first.samples.first_haplotype)
     assert own[6].tolist() == [6, 7]
     said = [
         features.foretold(features.bank_of(m, config.bank), config.bank, m, alleles_nl[6:8], out)[0]

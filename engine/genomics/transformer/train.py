@@ -27,6 +27,7 @@ from engine import devices, provenance, seeding
 from engine.errors import EngineError, UsageError
 from engine.genomics import li_stephens
 from engine.genomics.li_stephens import LiStephens
+from engine.genomics.matching import of_person
 from engine.genomics.transformer import features
 from engine.genomics.transformer.batches import Batch, Facts, batch, log_likelihood, nats, new_network
 from engine.genomics.transformer.config import TransformerConfig, dump_config, load_config
@@ -296,14 +297,6 @@ def _judge(best: dict[str, torch.Tensor], record: dict[str, Any]) -> Judge:
 # --- what is learned from ---------------------------------------------------------------------------------------------
 
 
-def own_haplotypes(model: LiStephens) -> np.ndarray:
-    """int64 (K, most haplotypes of a person), -1-padded: the haplotypes of the person that each reference haplotype is of."""
-    first_s = model.samples.first_haplotype
-    count_s = np.diff(first_s)
-    own_sp = np.where(np.arange(count_s.max()) < count_s[:, None], first_s[:-1, None] + np.arange(count_s.max()), -1)
-    return np.repeat(own_sp, count_s, axis=0)
-
-
 def _chosen(config: TransformerConfig, model: LiStephens) -> tuple[np.ndarray, np.ndarray]:
     """int64 haplotypes that take part, rising, and bool, which of those judge: whole people, drawn at random."""
     people = len(model.samples.ids)
@@ -333,7 +326,14 @@ def _predictions(
     target_nl = bits.unpack(bits.transpose(model.bits_lw, model.k)[rows], model.n_sites)
     bank = features.bank_of(model, config.bank)
     features.stored(
-        bank, config.bank, model, target_nl, own_haplotypes(model)[rows], out / "cache", between=between, progress=tell
+        bank,
+        config.bank,
+        model,
+        target_nl,
+        of_person(model.samples.first_haplotype)[rows],
+        out / "cache",
+        between=between,
+        progress=tell,
     )
 
 
