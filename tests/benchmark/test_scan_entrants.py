@@ -16,6 +16,7 @@ from engine.imaging.commands import read_folder
 from engine.imaging.volume import read_volume, write_volume
 
 TRAINED = ("engine", "monai_ldm")
+BUDGET_SECONDS = 6.0  # of the processor; reading and latents alone took more than one on a slow machine
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def entered(scan_sides, tmp_path_factory) -> Path:
     track, sides = scan_sides
     out = tmp_path_factory.mktemp("entries")
     for name in (*TRAINED, "ceiling", "copycat", "marginals"):
-        enter(track, name, sides, out / name, seed=0, budget_seconds=1.0)
+        enter(track, name, sides, out / name, seed=0, budget_seconds=BUDGET_SECONDS)
     return out
 
 
@@ -39,11 +40,11 @@ def test_entries_of_scans(entered: Path, scan_sides) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_entrants_end_by_the_processor_and_say_how_many_steps_that_was(entered: Path, name: str) -> None:
-    """A step of these networks takes some hundredths of a second, so that a budget of 1 s ends after many."""
+    """A step of these networks takes some hundredths of a second, so that the budget ends after many."""
     entry = read_entry(entered / name).entry
     assert entry.budget_of == "cpu"
     assert entry.spent_seconds == entry.training_cpu_seconds
-    assert 0.6 < entry.training_cpu_seconds < 1.6
+    assert 0.6 < entry.training_cpu_seconds / BUDGET_SECONDS < 1.6
     first, second = (int(text) for text in re.search(r"(\d+) and (\d+) steps", entry.recipe).groups())
     assert min(first, second) > 1
 
