@@ -43,7 +43,7 @@ class Decoding:
 def cases() -> list[Case]:
     return [
         decode((64, 64, 64), budget_mb=100),
-        decode((64, 64, 64), budget_mb=60),
+        decode((64, 64, 64), budget_mb=60, quick=False),
         decode((192, 160, 160), budget_mb=256, quick=False),
         own((64, 96, 64)),
         sample(),
