@@ -76,6 +76,7 @@ def _hamming(
     goal: float | None = None,
     threads: int = 1,
     peers: bool = True,
+    quick: bool = True,
 ) -> Case:
     words = bits.words(width)
 
@@ -122,6 +123,7 @@ def _hamming(
         floor_ops=queries * rows * words,
         limit="popcount",
         threads=threads,
+        quick=quick,
     )
 
 
