@@ -178,6 +178,9 @@ class FlowConfig(Budget):
     baseline: bool = Field(
         False, description="conditioned on another scan of the same person and on the covariates at its time"
     )
+    linear_mean: bool = Field(
+        False, description="a regression of the latents on the covariates is taken out of what the network has to learn"
+    )
     views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")
     shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
 
@@ -291,8 +294,15 @@ class ImagingConfig(_Section):
             raise ValueError("flow.label_map needs data.labels, and data.produce image: the map is given, not made")
         if self.monitor is not None and self.training.parallel == "fsdp":
             raise ValueError("monitor needs whole weights on the main process: training.parallel ddp")
-        if self.privacy is not None and (self.flow.label_map or self.flow.baseline or self.data.further_grids):
-            raise ValueError("privacy goes with neither flow.label_map, flow.baseline nor data.further_grids")
+        if self.flow.linear_mean and self.data.further_grids:
+            raise ValueError("flow.linear_mean is made for one grid and does not go with data.further_grids")
+        flow = self.flow
+        if self.privacy is not None and (
+            flow.label_map or flow.baseline or flow.linear_mean or self.data.further_grids
+        ):
+            raise ValueError(
+                "privacy goes with neither flow.label_map, flow.baseline, flow.linear_mean nor data.further_grids"
+            )
         if any(not 0 <= level < len(self.flow.widths) for level in self.flow.attention_levels):
             raise ValueError(f"flow.attention_levels {self.flow.attention_levels} must name levels of flow.widths")
         return self

@@ -66,13 +66,14 @@ def check_config(config: ImagingConfig) -> None:
     """Refuse what cannot be learned in a federation.
 
     Raises:
-        Unsupported: label maps, earlier scans, a discriminator, a monitor, privacy, several grids.
+        Unsupported: label maps, earlier scans, a regression on covariates, a discriminator, a monitor, privacy, several grids.
         UsageError: no spacing, or a categorical covariate without levels.
     """
     asked = {
         "data.labels": bool(config.data.labels),
         "data.further_grids": bool(config.data.further_grids),
         "flow.baseline": config.flow.baseline,
+        "flow.linear_mean": config.flow.linear_mean,
         "autoencoder.adversarial_weight": config.autoencoder.adversarial_weight > 0,
         "monitor": config.monitor is not None,
         "privacy": config.privacy is not None,

@@ -40,6 +40,7 @@ from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scan
 from engine.imaging.draws import FlowBatch, FlowData, flow_batch, flow_data
 from engine.imaging.flow import interpolate, velocity_target
 from engine.imaging.latents import cached_latents, random_shift
+from engine.imaging.linear_mean import Centred
 from engine.imaging.velocity import Velocity, new_denoiser
 from engine.training import checkpoint, distributed, preemption
 from engine.training.ahead import Ahead
@@ -150,6 +151,9 @@ def train(
         denoiser = new_denoiser(config, known).to(accelerator.device)
         data = flow_data(config, rows, scans_g, latents, covariates)
         own = parts if state.get("stage") == "flow" else {}
+        if isinstance(denoiser, Centred) and not own:
+            ridge = denoiser.mean.set(latents.standardise(latents.mean_g[0][0]), data.given_g[0])
+            log.event("linear_mean", ridge=ridge)
         _train_flow(run, config, autoencoder, denoiser, data, watch, own, state)
 
         summary = {

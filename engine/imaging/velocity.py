@@ -8,8 +8,9 @@ from engine.imaging.config import ImagingConfig
 from engine.imaging.dataset import Covariate
 from engine.imaging.denoiser import Denoiser
 from engine.imaging.dit import DiT
+from engine.imaging.linear_mean import Centred, LinearMean, columns_of
 
-Velocity = Denoiser | DiT
+Velocity = Denoiser | DiT | Centred
 
 
 def new_denoiser(config: ImagingConfig, covariates: Sequence[Covariate]) -> Velocity:
@@ -18,12 +19,18 @@ def new_denoiser(config: ImagingConfig, covariates: Sequence[Covariate]) -> Velo
     Args:
         covariates: what the model is conditioned on, those of an earlier visit included (`context.known_covariates`).
     """
-    network = DiT if config.flow.network == "dit" else Denoiser
-    return network(
+    levels, continuous = columns_of(covariates)
+    network = (DiT if config.flow.network == "dit" else Denoiser)(
         config.flow,
         config.autoencoder.latent_channels,
-        [len(c.levels) for c in covariates if c.kind == "categorical"],
-        sum(c.kind == "continuous" for c in covariates),
+        levels,
+        continuous,
         config.map_channels + config.baseline_channels,
         config.training.gradient_checkpointing,
     )
+    if not config.flow.linear_mean:
+        return network
+    times = 2 if config.flow.baseline else 1  # the covariates of now come first
+    shape = (config.autoencoder.latent_channels, *(n // config.autoencoder.factor for n in config.data.size))
+    now = levels[: len(levels) // times], continuous // times
+    return Centred(network, LinearMean(*now, shape, earlier=config.flow.baseline))

@@ -1,0 +1,139 @@
+"""What a regression on the covariates says of a latent, taken out of what the flow has to learn.
+
+With few scans and few steps a flow learns what scans look like long before it learns what a covariate does to them. The mean
+of latents given covariates is estimated at once, by ridge regression at every place of the latent, and the network models
+what is left:
+
+    x_t = (1 - t) x0 + t noise,   x0 = m(c) + rest,   v(x_t, t, c) = network(x_t - (1 - t) m(c), t, c) - m(c)
+
+which is the same family of velocities, begun at a better place: training and sampling do not see the difference. Where an
+earlier scan of the person is given, m is that scan's latent and what the regression says of the change in covariates, so
+that a follow-up begins as its baseline. A covariate that is not given counts as average.
+
+The regression is learned from all training scans with one weight of the ridge, the one with the least generalised
+cross-validation error (Golub, Heath and Wahba, Technometrics 21:215, 1979) over all places together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.imaging.dataset import Covariate
+from engine.imaging.denoiser import Condition, Denoiser
+from engine.imaging.dit import DiT
+
+_PLACES = 65_536  # of the latent in float64 at a time
+RIDGES = torch.logspace(-2, 5, 29, dtype=torch.float64)
+
+
+class LinearMean(nn.Module):
+    """(condition, size) -> mean of the standardised latent, float32 (b, c, d, h, w); zero until `set`.
+
+    Args:
+        levels: number of levels of each categorical covariate. continuous: number of continuous ones.
+        shape_cdhw: of the latent the regression is made for; for another size its maps are interpolated.
+        earlier: the condition has an earlier scan: its covariates come after those of now, and the last channels of the
+            context are its latent and a flag (`context.flagged`).
+    """
+
+    def __init__(self, levels: Sequence[int], continuous: int, shape_cdhw: Sequence[int], earlier: bool) -> None:
+        super().__init__()
+        self.levels, self.continuous, self.earlier = tuple(levels), continuous, earlier
+        columns = continuous + sum(levels)
+        # parameters that nobody trains: they are saved, averaged and sent like all others
+        self.centre_k = nn.Parameter(torch.zeros(columns), requires_grad=False)
+        self.weight_kcdhw = nn.Parameter(torch.zeros(1 + columns, *shape_cdhw), requires_grad=False)
+
+    def set(self, latent_bcdhw: Tensor, condition: Condition) -> float:
+        """Learn from standardised latents and the covariates of now; returns the ridge that was chosen.
+
+        Rows that share a person count as others do.
+        """
+        row_bk, given_bk = self._columns(condition, 0)
+        row_bk, given_bk = row_bk.double().cpu(), given_bk.cpu()
+        centre = (row_bk * given_bk).sum(0) / given_bk.sum(0).clamp(min=1)
+        design = (row_bk - centre) * given_bk
+        rows, latent = len(design), latent_bcdhw.detach().cpu().flatten(1)
+        u, s, vt = torch.linalg.svd(design - design.mean(0), full_matrices=False)
+        kept = s > 1e-9 * max(float(s.max()) if len(s) else 0.0, 1e-300)
+        u, s, vt = u[:, kept], s[kept], vt[kept]
+        levels, alongs, whole = [], [], 0.0
+        for part in latent.split(_PLACES, dim=1):
+            y = part.double()
+            levels.append(y.mean(dim=0))
+            whole += float((y - levels[-1]).square().sum())
+            alongs.append(u.T @ y)  # u is orthogonal to the mean
+        mean, along = torch.cat(levels), torch.cat(alongs, dim=1)
+        power = along.square().sum(dim=1)
+        best, ridge = float("inf"), float(RIDGES[-1])
+        for weight in RIDGES.tolist():
+            shrunk = s.square() / (s.square() + weight)
+            left = whole - float(((1 - (1 - shrunk).square()) * power).sum())
+            error = rows * left / max(rows - 1 - float(shrunk.sum()), 1e-9) ** 2
+            if error < best:
+                best, ridge = error, weight
+        slopes = vt.T @ ((s / (s.square() + ridge))[:, None] * along)
+        made = torch.cat([(mean - design.mean(0) @ slopes)[None], slopes]).float().view_as(self.weight_kcdhw)
+        with torch.no_grad():
+            self.centre_k.copy_(centre.float())
+            self.weight_kcdhw.copy_(made)
+        return ridge
+
+    def forward(self, condition: Condition, size: Sequence[int]) -> Tensor:
+        with torch.autocast(self.weight_kcdhw.device.type, enabled=False):  # a mean in bf16 would be noise to learn
+            return self._mean(condition, size)
+
+    def _mean(self, condition: Condition, size: Sequence[int]) -> Tensor:
+        row_bk, given_bk = self._columns(condition, 0)
+        weight: Tensor = self.weight_kcdhw
+        if tuple(size) != tuple(weight.shape[2:]):
+            weight = F.interpolate(weight, size=tuple(size), mode="trilinear", align_corners=False)
+        slopes, level = weight[1:], weight[:1]
+        own = torch.einsum("bk,kcdhw->bcdhw", (row_bk - self.centre_k) * given_bk, slopes) + level
+        if not self.earlier or condition.context_bcdhw is None:
+            return own
+        channels = weight.shape[1]
+        before, flag = condition.context_bcdhw[:, -channels - 1 : -1], condition.context_bcdhw[:, -1:]
+        then_bk, known_bk = self._columns(condition, 1)
+        change = torch.einsum("bk,kcdhw->bcdhw", (row_bk - then_bk) * (given_bk & known_bk), slopes)
+        return torch.where(flag > 0, before + change, own)
+
+    def _columns(self, condition: Condition, time: int) -> tuple[Tensor, Tensor]:
+        """(b, columns): values, one column per level for categorical covariates, 0 where not given; and whether given.
+
+        Args:
+            time: 0 for the covariates of now, 1 for those of the earlier scan.
+        """
+        first = time * self.continuous
+        continuous = condition.continuous_bk[:, first : first + self.continuous]
+        values, given = [continuous.nan_to_num(0.0)], [~continuous.isnan()]
+        for k, levels in enumerate(self.levels):
+            level_b = condition.categorical_bk[:, time * len(self.levels) + k]
+            values.append(F.one_hot(level_b.clamp(min=0), levels).to(continuous) * (level_b >= 0)[:, None])
+            given.append((level_b >= 0)[:, None].expand(-1, levels))
+        return torch.cat(values, dim=1), torch.cat(given, dim=1)
+
+
+class Centred(nn.Module):
+    """A velocity model above `LinearMean`; arguments of `forward` as those of `denoiser.Denoiser`."""
+
+    def __init__(self, network: Denoiser | DiT, mean: LinearMean) -> None:
+        super().__init__()
+        self.network, self.mean = network, mean
+
+    def forward(self, x_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor:
+        mean = self.mean(condition, x_bcdhw.shape[2:])
+        clean = (1.0 - t_b).view(-1, 1, 1, 1, 1)
+        velocity: Tensor = self.network(x_bcdhw - clean * mean, t_b, condition)
+        return velocity - mean
+
+
+def columns_of(covariates: Sequence[Covariate]) -> tuple[list[int], int]:
+    """Levels of each categorical covariate, and the number of continuous ones."""
+    return [len(c.levels) for c in covariates if c.kind == "categorical"], sum(
+        c.kind == "continuous" for c in covariates
+    )
