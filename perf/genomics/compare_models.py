@@ -1,0 +1,141 @@
+"""All haplotype models on the same splits of the same people: likelihood of unseen haplotypes, and fidelity beside copying.
+
+    python perf/genomics/compare_models.py DATA/genomics/chr15_10k/train.bcf --map MAP --samples TSV --out runs/models-chr15
+    python perf/genomics/compare_models.py DATA/genomics/snp805/train.npz --out runs/models-805
+
+Each seed holds out a fifth of the people (`engine genomics split --seed`), fits every model to the rest, scores the held-out
+haplotypes (none of whom any model has seen), makes as many people as were held out and evaluates them against these. One
+JSON line per model and seed is added to OUT/rows.jsonl, and what is there is not done again; then the table is printed: mean
+over seeds, and in brackets least and most. Configs are those of the repository; `--limit` gives the transformer a cap of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.genomics import baselines, li_stephens
+from engine.genomics.evaluate import evaluate
+from engine.genomics.panel import HaplotypePanel, read_panel
+from engine.genomics.split import held_out
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "genomics"
+FIGURES = ("ld_r", "three_point_r", "pca_w1", "aats_test", "aats_train", "exact_copies", "longest_run_bp")
+HOLDOUT = 0.2
+
+
+def transformer(panel: HaplotypePanel, out: Path, seed: int, limit: int) -> Any:
+    """The shipped config, at most `limit` steps."""
+    from engine.genomics.transformer.config import load_config
+    from engine.genomics.transformer.run import load
+    from engine.genomics.transformer.train import train
+
+    config = load_config(CONFIGS / "transformer.yaml", [f"seed={seed}", f"fit.steps={limit}"])
+    train(config, lambda: li_stephens.fit(panel, config.copying), out)
+    return load(out)
+
+
+def mixture(panel: HaplotypePanel, seed: int) -> Any:
+    """Chains mixed into one likelihood; samples are those of the copying model."""
+    return li_stephens.fit(panel, li_stephens.load_config(CONFIGS / "copying_bank.yaml", [f"seed={seed}"]))
+
+
+def fitter(name: str, known: HaplotypePanel, seed: int, out: Path, limit: int) -> Callable[[], Any]:
+    """What fits the model of that name."""
+    known_models: dict[str, Callable[[], Any]] = {
+        "independent": lambda: baselines.fit_independent(known),
+        "markov": lambda: baselines.fit_markov(known),
+        "hapnest": lambda: baselines.fit_hapnest(known),
+        "li_stephens": lambda: li_stephens.fit(known),
+        "mixture": lambda: mixture(known, seed),
+        "transformer": lambda: transformer(known, out / f"transformer-{seed}", seed, limit),
+    }
+    return known_models[name]
+
+
+def scored(name: str, model: Any, unseen: HaplotypePanel) -> np.ndarray | None:
+    if name == "hapnest":
+        return None  # a sampler without a likelihood
+    more = {"mixed": True} if name == "mixture" else {}
+    return np.asarray(model.log_likelihood(unseen, **more))
+
+
+def row(name: str, fit: Callable[[], Any], known: HaplotypePanel, unseen: HaplotypePanel, seed: int) -> dict[str, Any]:
+    """Fit, score, sample and evaluate one model."""
+    began = time.process_time()
+    model = fit()
+    fitted = time.process_time()
+    nats = scored(name, model, unseen)
+    made = None if name == "mixture" else model.sample(unseen.n_samples, seed=seed)
+    figures: dict[str, Any] = {}
+    if made is not None:
+        found = evaluate(unseen, made, train=known, seed=seed)
+        for figure in FIGURES:
+            try:
+                finding = found[figure]
+            except KeyError:
+                continue
+            figures[figure] = {"value": finding.value, "floor": finding.floor}
+    return {
+        "model": name, "seed": seed, "reference_haplotypes": known.n_haplotypes, "n": unseen.n_haplotypes,
+        "nats": None if nats is None else float(nats.mean()),
+        "sem": None if nats is None else float(nats.std(ddof=1) / np.sqrt(len(nats))),
+        "fit_cpu_seconds": round(fitted - began, 1), "figures": figures,
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| model | seeds | nats per haplotype | " + " | ".join(FIGURES) + " | CPU s to fit |"]
+    lines.append("|---" * (4 + len(FIGURES)) + "|")
+    spread = lambda v: "" if not v else f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})"  # noqa: E731
+    for name in dict.fromkeys(r["model"] for r in rows):
+        own = [r for r in rows if r["model"] == name]
+        nats = [r["nats"] for r in own if r["nats"] is not None]
+        sem = f" +- {np.mean([r['sem'] for r in own]):.1f}" if nats else "none"
+        cells = [spread([r["figures"][f]["value"] for r in own if f in r["figures"]]) for f in FIGURES]
+        lines.append(f"| {name} | {len(own)} | {spread(nats)}{sem} | {' | '.join(cells)} | "
+                     f"{np.mean([r['fit_cpu_seconds'] for r in own]):.0f} |")  # fmt: skip
+    floors = [
+        spread([r["figures"][f]["floor"] for r in rows if f in r["figures"] and r["figures"][f]["floor"] is not None])
+        for f in FIGURES
+    ]
+    return "\n".join([*lines, f"| real (training people) | | | {' | '.join(floors)} | |"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("panel", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--models", nargs="+", default=["independent", "markov", "hapnest", "li_stephens", "mixture", "transformer"]
+    )
+    parser.add_argument("--limit", type=int, default=500, help="steps of the transformer")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    whole = read_panel(given.panel, map=given.map, samples_tsv=given.samples)
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for name in given.models:
+        for seed in given.seeds:
+            if any(r["model"] == name and r["seed"] == seed for r in rows):
+                continue
+            away = held_out(whole, HOLDOUT, seed)
+            known, unseen = whole.select(samples=~away), whole.select(samples=away)
+            rows.append(row(name, fitter(name, known, seed, given.out, given.limit), known, unseen, seed))
+            with file.open("a") as stream:
+                stream.write(json.dumps(rows[-1]) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
