@@ -2,7 +2,8 @@
 
 BIDS has no name for an image whose contrast is unknown, so this layout is used only where the caller names it (T1w, FLAIR
 ...). The bytes of a scan stay the audited ones; only its name changes. Tables of the generated folder are not copied,
-because they name scans as they were: their columns come back as participants.tsv and sessions.tsv. Source: BIDS 1.10,
+because they name scans as they were: their columns come back as participants.tsv and sessions.tsv. The generated folder may
+be a BIDS dataset itself (`engine cohort generate`): then everything in it but the scans is written anew. Source: BIDS 1.10,
 common principles, modality-agnostic files, derivatives.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from engine import __version__
 from engine.atomic import write_json, write_text
 from engine.errors import GateRefused, InputError, UsageError, closest
+from engine.files import bids as dataset
 from engine.release.marks import DATASET_TYPE, MARK
 
 VERSION = "1.10.0"
@@ -27,7 +29,15 @@ _COLUMNS = {
     "age": {"Description": "age of the synthetic person at the visit", "Units": "year"},
     "sex": {"Description": "sex of the synthetic person", "Levels": {"M": "male", "F": "female"}},
     "interval_years": {"Description": "time since the first visit", "Units": "year"},
+    "years": {"Description": "time since the first visit", "Units": "year"},
+    "end": {"Description": "how the follow-up of the synthetic person ended"},
+    "end_years": {"Description": "when it ended, since the first visit", "Units": "year"},
+    "genotypes": {"Description": "whether the synthetic person has genotypes, which are no part of this dataset"},
 }
+_DATASET = re.compile(  # what a dataset says of its scans
+    r"dataset_description\.json|(README|CHANGES)(\.(md|rst|txt))?|LICENSE|\.bidsignore|(participants|sessions)\.(tsv|json)"
+    r"|sub-\w+/sub-\w+_sessions\.(tsv|json)"
+)
 _NOT_COVARIATES = {"image", "label", "subject", "visit"}
 
 
@@ -35,7 +45,7 @@ def layout(names: Sequence[str], table: Sequence[Mapping[str, str]], suffix: str
     """BIDS path below the dataset's root of every scan in `names`; other files are left out.
 
     Args:
-        names: audited files, relative; table: rows of volumes.csv (image, subject, visit), or none, when names must be
+        names: audited files, relative; table: of `read_table` (image, subject, visit), or none, when names must be
             SYN..._visitN.nii.gz; suffix: one of SUFFIXES.
 
     Raises:
@@ -46,9 +56,13 @@ def layout(names: Sequence[str], table: Sequence[Mapping[str, str]], suffix: str
         hint = closest(suffix, list(SUFFIXES))
         raise UsageError("a BIDS suffix of anatomical images", repr(suffix), "--bids", hint)
     by_image = {row["image"]: row for row in table}
+    said_again = set(TABLES)
+    if dataset.DESCRIPTION in names:
+        beside = {image[: image.rindex(".nii")] + ".json" for image in by_image}
+        said_again |= {name for name in names if name in beside or _DATASET.fullmatch(name)}
     made: dict[str, str] = {}
     for name in names:
-        if name in TABLES:
+        if name in said_again:
             continue
         lower = name.lower()
         if not lower.endswith((".nii", ".nii.gz")):
@@ -73,12 +87,15 @@ def _who(name: str, row: Mapping[str, str] | None) -> tuple[str, str]:
     return subject, visit
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a volumes.csv; none where there is no such file.
+def read_table(folder: Path, suffix: str) -> list[dict[str, str]]:
+    """Rows of a folder's volumes.csv, or of the scans of this suffix where the folder is a BIDS dataset; else none.
 
     Raises:
-        InputError: no column image.
+        InputError: no column image, or a dataset that cannot be read.
     """
+    path = folder / "volumes.csv"
+    if not path.is_file() and dataset.is_dataset(folder):
+        return dataset.read_table(folder, suffix)[1]
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -167,7 +184,9 @@ data are not for.
 
 def _dictionary(key: str, meaning: str, names: Sequence[str]) -> dict[str, Any]:
     """Data dictionary of a table, which also marks it."""
-    columns = {name: _COLUMNS.get(name, {"Description": f"covariate '{name}' given to the model"}) for name in names}
+    columns = {
+        name: _COLUMNS.get(name, {"Description": f"covariate '{name}' of the synthetic person"}) for name in names
+    }
     return {"Description": MARK, "SyntheticData": True, key: {"Description": meaning}, **columns}
 
 

@@ -68,7 +68,8 @@ def release(
         title, description, licence, creator, url, keywords: for the manifest, the cards and the catalogues; without a url
             the release is named by a urn made of its hashes.
         bids: contrast of the scans (T1w, FLAIR ...): lays them out as a BIDS derivative dataset, which also has to say
-            whether they are `skull_stripped`.
+            whether they are `skull_stripped`. `source` may be such a dataset: its scans keep their bytes, all else is
+            written anew.
         sources: DOIs or URLs of public datasets that were learned from, for BIDS.
         model: run folder that made the set, for MODEL_CARD.md.
         evaluation: folders of `engine ... evaluate --out`; their findings go into the cards and the report.
@@ -88,17 +89,18 @@ def release(
         raise GateRefused("an audit that passed", f"verdict '{audit['verdict']}'", audit_path, "see its reasons")
     present = {e["path"]: e for e in hash_files(source) if not e["path"].endswith((_STAYS, _STAYS_HERE))}
     _check_bytes(present, audit["audited"], audit_path)
-    for name in present:
-        if not name.lower().endswith(ALLOWED) or any(part.startswith(".") for part in PurePosixPath(name).parts):
-            raise GateRefused("only " + " ".join(ALLOWED), "another type of file", name, "take it out of the folder")
-
     base = source.parent if source.is_file() else source
+    table = bids_layout.read_table(base, bids) if bids else []
+    placed = bids_layout.layout(list(present), table, bids) if bids else {name: name for name in present}
+    for name in placed:
+        if not name.lower().endswith(ALLOWED) or any(part.startswith(".") for part in PurePosixPath(name).parts):
+            hint = "take it out of the folder, or --bids CONTRAST for a BIDS dataset"
+            raise GateRefused("only " + " ".join(ALLOWED), "another type of file", name, hint)
+
     key = None if sign is None else signature.private_key(sign)
     about_model = None if model is None else cards.model_record(Path(model))
     judged = [cards.evaluation_record(Path(folder)) for folder in evaluation]
     marks = {name: mark_of(base / name, name) for name in present}
-    table = bids_layout.read_table(base / "volumes.csv") if bids else []
-    placed = bids_layout.layout(list(present), table, bids) if bids else {name: name for name in present}
     made = [Path(f"{source}.{_STAYS}")] if source.is_file() else [base / _STAYS, *sorted(base.glob(f"*.{_STAYS}"))]
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -130,8 +132,12 @@ def release(
         "provenance": next(filter(None, map(cards.reduced, made)), {}),
         "files": [],
     }
+    taken = set(placed.values())
     with atomic_folder(out) as partial:
         for name, place in placed.items():
+            if (beside := sidecar_name(place)) in taken:
+                hint = "rename it and audit again"
+                raise GateRefused("room for the mark of a file", "a file of that name", beside, hint)
             manifest["files"].append(_copy(base / name, partial, f"data/{place}", present[name], marks[name]))
         if bids:
             bids_layout.write_metadata(partial / "data", table, placed, manifest, sources)
@@ -253,16 +259,13 @@ def _copy(path: Path, folder: Path, place: str, entry: Mapping[str, Any], mark: 
     shutil.copyfile(path, target, follow_symlinks=False)
     if sha256(target) != entry["sha256"]:
         raise GateRefused("the audited bytes", "a file that changed while it was copied", entry["path"], "run it again")
-    beside = sidecar_name(place)
-    if beside is not None and (path.parent / PurePosixPath(beside).name).exists():
-        raise GateRefused("room for the mark of a file", "a file of that name", beside, "rename it and audit again")
     return {
         "path": place,
         "audited_as": entry["path"],
         "bytes": entry["bytes"],
         "sha256": entry["sha256"],
         "mark": mark,
-        "sidecar": beside,
+        "sidecar": sidecar_name(place),
     }
 
 

@@ -221,6 +221,28 @@ def test_bids_keeps_the_bytes_and_moves_the_columns(tmp_path, scans, audited):
     assert verify(out)["data_files"] == 12
 
 
+def test_a_bids_dataset_keeps_its_scans_and_has_all_else_written_anew(tmp_path, scans, audited):
+    """As `engine cohort generate` leaves one: with tables, sidecars and words of its own."""
+    release(scans, audited(scans), tmp_path / "first", bids="T1w")
+    source = tmp_path / "first" / "data"
+    (source / "README").write_text("free text")
+    anat = source / "sub-SYN000000002" / "ses-1" / "anat"
+    (anat / "sub-SYN000000002_ses-1_desc-synthetic_T1w.json").write_text('{"Description": "free text"}')
+    out = tmp_path / "out"
+    manifest = release(source, audited(source), out, bids="T1w", forbidden=["free text"], **DETAILS)
+    names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.nii.gz"))
+    assert sorted(e["audited_as"] for e in manifest["files"]) == names
+    assert all((out / "data" / name).read_bytes() == (source / name).read_bytes() for name in names)
+    for table in ("participants.tsv", "sub-SYN000000002/sub-SYN000000002_sessions.tsv"):
+        assert (out / "data" / table).read_text() == (source / table).read_text()
+    assert verify(out)["data_files"] == 12
+    with pytest.raises(GateRefused, match=r"--bids|README"):
+        release(source, audited(source), tmp_path / "plain")
+    (anat / "weights.json").write_text("{}")
+    with pytest.raises(GateRefused, match=r"weights\.json"):
+        release(source, audited(source), tmp_path / "more", bids="T1w")
+
+
 @pytest.mark.skipif(VALIDATOR is None, reason="bids-validator-deno is not installed")
 @pytest.mark.parametrize("table", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_bids_validator_finds_no_error(tmp_path, scans, audited, table):
