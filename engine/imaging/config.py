@@ -181,6 +181,9 @@ class FlowConfig(Budget):
     linear_mean: bool = Field(
         False, description="a regression of the latents on the covariates is taken out of what the network has to learn"
     )
+    components: int = Field(
+        0, ge=0, description="linear_mean: so many principal components of what it leaves begin with their own variance"
+    )
     views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")
     shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
 
@@ -297,6 +300,8 @@ class ImagingConfig(_Section):
         if self.flow.linear_mean and self.data.further_grids:
             raise ValueError("flow.linear_mean is made for one grid and does not go with data.further_grids")
         flow = self.flow
+        if flow.components and not flow.linear_mean:
+            raise ValueError("flow.components are those of what flow.linear_mean leaves: set it too")
         if self.privacy is not None and (
             flow.label_map or flow.baseline or flow.linear_mean or self.data.further_grids
         ):

@@ -12,6 +12,15 @@ that a follow-up begins as its baseline. A covariate that is not given counts as
 
 The regression is learned from all training scans with one weight of the ridge, the one with the least generalised
 cross-validation error (Golub, Heath and Wahba, Technometrics 21:215, 1979) over all places together.
+
+With components, what differs between people of equal covariates begins right too. A short flow makes people too much alike:
+it learns texture long before the few directions, size and shape, that hold most of the variance. So the first principal
+components of the residuals are taken as normal, with deviations s_k, everything else as white with deviation s_0, and the
+velocity of that normal distribution is added, which is known in closed form and linear in r = x_t - (1 - t) m:
+
+    a(s) = (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2),   a(s_0) r + sum_k (a(s_k) - a(s_0)) <r, u_k> u_k.
+
+The network learns what is not normal. A follow-up has no use for it: what is left of it is small.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from engine.imaging.denoiser import Condition, Denoiser
 from engine.imaging.dit import DiT
 
 _PLACES = 65_536  # of the latent in float64 at a time
+_ROWS = 4_096  # scans that give components
 RIDGES = torch.logspace(-2, 5, 29, dtype=torch.float64)
 
 
@@ -38,15 +48,22 @@ class LinearMean(nn.Module):
         shape_cdhw: of the latent the regression is made for; for another size its maps are interpolated.
         earlier: the condition has an earlier scan: its covariates come after those of now, and the last channels of the
             context are its latent and a flag (`context.flagged`).
+        components: principal components of the residuals, at most.
     """
 
-    def __init__(self, levels: Sequence[int], continuous: int, shape_cdhw: Sequence[int], earlier: bool) -> None:
+    def __init__(
+        self, levels: Sequence[int], continuous: int, shape_cdhw: Sequence[int], earlier: bool, components: int = 0
+    ) -> None:
         super().__init__()
         self.levels, self.continuous, self.earlier = tuple(levels), continuous, earlier
         columns = continuous + sum(levels)
         # parameters that nobody trains: they are saved, averaged and sent like all others
         self.centre_k = nn.Parameter(torch.zeros(columns), requires_grad=False)
         self.weight_kcdhw = nn.Parameter(torch.zeros(1 + columns, *shape_cdhw), requires_grad=False)
+        self.direction_kcdhw = self.deviation_k = None
+        if components:
+            self.direction_kcdhw = nn.Parameter(torch.zeros(components, *shape_cdhw), requires_grad=False)
+            self.deviation_k = nn.Parameter(torch.zeros(1 + components), requires_grad=False)  # of the rest first
 
     def set(self, latent_bcdhw: Tensor, condition: Condition) -> float:
         """Learn from standardised latents and the covariates of now; returns the ridge that was chosen.
@@ -81,7 +98,54 @@ class LinearMean(nn.Module):
         with torch.no_grad():
             self.centre_k.copy_(centre.float())
             self.weight_kcdhw.copy_(made)
+        if self.direction_kcdhw is not None:
+            self._set_components(
+                latent - (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
+            )
         return ridge
+
+    @torch.no_grad()
+    def _set_components(self, residual_bp: Tensor) -> None:
+        """Of residuals, of as many rows as a Gram matrix can have."""
+        assert self.direction_kcdhw is not None
+        assert self.deviation_k is not None
+        places = residual_bp.shape[1]
+        total = sum(float(part.double().square().sum()) for part in residual_bp.split(_PLACES, dim=1)) / len(
+            residual_bp
+        )
+        rows = residual_bp[:: -(-len(residual_bp) // _ROWS)]
+        power, vectors = torch.linalg.eigh((rows @ rows.T).double())  # rising
+        count = min(len(self.direction_kcdhw), int((power > 1e-6 * power[-1].clamp(min=1e-12)).sum()))
+        chosen = torch.arange(len(power) - 1, len(power) - 1 - count, -1)
+        directions = (vectors[:, chosen] / power[chosen].sqrt()).float().T @ rows
+        variance = power[chosen] / len(rows)
+        self.deviation_k[0] = ((total - float(variance.sum())) / max(places - count, 1)) ** 0.5 if total > 0 else 0.0
+        self.deviation_k[1 : 1 + count] = variance.sqrt().float()
+        self.direction_kcdhw[:count] = directions.view(count, *self.direction_kcdhw.shape[1:])
+
+    def pull(self, centred_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor | float:
+        """The velocity of the normal distribution about the mean at `centred_bcdhw` = x - (1 - t) mean; 0 without
+        components, and for a row with an earlier scan."""
+        if self.direction_kcdhw is None or self.deviation_k is None:
+            return 0.0
+        with torch.autocast(centred_bcdhw.device.type, enabled=False):
+            direction: Tensor = self.direction_kcdhw
+            deviation: Tensor = self.deviation_k
+            if centred_bcdhw.shape[2:] != direction.shape[2:]:
+                size, places = centred_bcdhw.shape[2:], direction[0].numel()
+                direction = F.interpolate(direction, size=size, mode="trilinear", align_corners=False)
+                norm = direction.flatten(1).norm(dim=1).clamp(min=1e-12)
+                direction = direction / norm.view(-1, 1, 1, 1, 1)
+                deviation = torch.cat([deviation[:1], deviation[1:] * (direction[0].numel() / places) ** 0.5])
+            t = t_b[:, None]
+            strength_bk = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2).clamp(min=1e-8)
+            along_bk = torch.einsum("bcdhw,kcdhw->bk", centred_bcdhw, direction)
+            rest = strength_bk[:, :1]
+            pulled = rest.view(-1, 1, 1, 1, 1) * centred_bcdhw
+            pulled = pulled + torch.einsum("bk,kcdhw->bcdhw", (strength_bk[:, 1:] - rest) * along_bk, direction)
+            if self.earlier and condition.context_bcdhw is not None:
+                pulled = torch.where(condition.context_bcdhw[:, -1:] > 0, 0.0, pulled)
+            return pulled
 
     def forward(self, condition: Condition, size: Sequence[int]) -> Tensor:
         with torch.autocast(self.weight_kcdhw.device.type, enabled=False):  # a mean in bf16 would be noise to learn
@@ -127,9 +191,9 @@ class Centred(nn.Module):
 
     def forward(self, x_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor:
         mean = self.mean(condition, x_bcdhw.shape[2:])
-        clean = (1.0 - t_b).view(-1, 1, 1, 1, 1)
-        velocity: Tensor = self.network(x_bcdhw - clean * mean, t_b, condition)
-        return velocity - mean
+        centred = x_bcdhw - (1.0 - t_b).view(-1, 1, 1, 1, 1) * mean
+        velocity: Tensor = self.network(centred, t_b, condition)
+        return velocity - mean + self.mean.pull(centred, t_b, condition)
 
 
 def columns_of(covariates: Sequence[Covariate]) -> tuple[list[int], int]:

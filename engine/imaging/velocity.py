@@ -33,4 +33,4 @@ def new_denoiser(config: ImagingConfig, covariates: Sequence[Covariate]) -> Velo
     times = 2 if config.flow.baseline else 1  # the covariates of now come first
     shape = (config.autoencoder.latent_channels, *(n // config.autoencoder.factor for n in config.data.size))
     now = levels[: len(levels) // times], continuous // times
-    return Centred(network, LinearMean(*now, shape, earlier=config.flow.baseline))
+    return Centred(network, LinearMean(*now, shape, config.flow.baseline, config.flow.components))

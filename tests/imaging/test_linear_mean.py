@@ -156,6 +156,48 @@ def test_a_follow_up_begins_as_its_baseline_moved_by_what_changed() -> None:
     torch.testing.assert_close(mean(both.within(None), SHAPE[1:])[0], alone(now, SHAPE[1:])[0])
 
 
+def test_a_normal_distribution_is_drawn_right_by_a_network_that_has_learned_nothing() -> None:
+    """Means by covariates, two directions of large variance, white noise: sampled with the network at zero."""
+    rng = torch.Generator().manual_seed(20)
+    places, known = int(np.prod(SHAPE)), conditions(3000, 21)
+    axes = torch.linalg.qr(torch.randn(places, 2, generator=rng))[0].T.reshape(2, *SHAPE)
+    score = torch.randn(3000, 2, generator=rng) * torch.tensor([6.0, 3.0])
+    latent = truth(known) + torch.einsum("bk,kcdhw->bcdhw", score, axes)
+    latent = latent + 0.4 * torch.randn(3000, *SHAPE, generator=rng)
+    mean = LinearMean([3], 2, SHAPE, earlier=False, components=2)
+    mean.set(latent, known)
+    assert mean.deviation_k is not None
+    assert mean.deviation_k.tolist() == pytest.approx([0.4, 6.0, 3.0], rel=0.05)
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t_b: torch.Tensor, condition: Condition) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    model = Centred(Nothing(), mean)  # type: ignore[arg-type]
+    asked = conditions(2000, 22)
+    noise = torch.randn(2000, *SHAPE, generator=rng)
+    made = SAMPLERS["heun"](lambda x, t: model(x, t, asked), noise, flow_times(100, 1.0)) - truth(asked)
+    along = torch.einsum("bcdhw,kcdhw->bk", made, axes)
+    assert along.std(dim=0).tolist() == pytest.approx([6.0, 3.0], rel=0.06)
+    rest = made - torch.einsum("bk,kcdhw->bcdhw", along, axes)
+    assert float(rest.square().sum() / (2000 * (places - 2))) ** 0.5 == pytest.approx(0.4, rel=0.05)
+
+
+def test_components_are_left_out_of_follow_ups_and_fewer_where_there_are_few_scans() -> None:
+    known = conditions(6, 23)
+    mean = LinearMean([3], 2, SHAPE, earlier=True, components=9)
+    mean.set(torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(24)), known)
+    assert mean.deviation_k is not None
+    assert mean.deviation_k.isfinite().all()
+    assert int((mean.deviation_k[1:] > 0).sum()) <= 5
+    x, t = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.0])
+    context = flagged(torch.randn(2, *SHAPE), torch.tensor([True, False]))
+    pulled = mean.pull(x, t, conditions(2, 25).within(context))
+    assert (pulled[0] == 0).all()
+    torch.testing.assert_close(pulled[1], -x[1])  # where all noise is gone, what is left of it points away
+    assert mean.pull(torch.randn(2, 2, 6, 8, 4), t, conditions(2, 25)).isfinite().all()
+
+
 def test_another_size_takes_maps_between(learned: LinearMean) -> None:
     known = conditions(3, 14)
     larger = learned(known, (6, 8, 4))
@@ -168,7 +210,7 @@ def test_another_size_takes_maps_between(learned: LinearMean) -> None:
 def test_it_is_trained_saved_and_sampled_with_the_run(tiny_config, table: Path, tmp_path: Path, network: str) -> None:
     """After steps that teach the network nothing, volumes already differ as the covariate says; maps are not trained."""
     values = tiny_config.model_dump()
-    values["flow"] |= {"linear_mean": True, "steps": 2, "network": network, "learning_rate": 1e-9}
+    values["flow"] |= {"linear_mean": True, "components": 3, "steps": 2, "network": network, "learning_rate": 1e-9}
     config = parse_config(values)
     train(config, table, tmp_path / "run")
     model = load_model(tmp_path / "run")
@@ -194,6 +236,8 @@ def test_it_is_trained_saved_and_sampled_with_the_run(tiny_config, table: Path, 
 
 def test_it_is_for_one_grid_and_not_for_privacy(tiny_config) -> None:
     values = tiny_config.model_dump()
+    with pytest.raises(EngineError, match="linear_mean leaves"):
+        parse_config({**values, "flow": {**values["flow"], "components": 2}})
     values["flow"]["linear_mean"] = True
     grids = {**values, "data": {**values["data"], "spacing_mm": [1, 1, 1],
                                 "further_grids": [{"size": values["data"]["size"], "spacing_mm": [2, 2, 2]}]}}  # fmt: skip
