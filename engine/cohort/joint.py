@@ -11,8 +11,8 @@ what was asked for is drawn anew from the same stream, which is exact conditioni
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -278,11 +278,13 @@ def fit(
         genotypes: phased panel, whose sample ids are subjects; people of the table may be absent from it.
         scans: config of a scan model to be trained on the table's column image (needs `out`), or a run folder or model
             that has been trained.
-        out: folder for the model; must not exist.
+        out: folder for the model; must not exist. Scans are trained beside it, in `OUT.scans`, which goes when the model is
+            whole: a training that was interrupted goes on when the same is asked for again.
         haplotypes: settings of the copying model. overrides: of the scan config, "a.b=c".
 
     Raises:
-        InputError: table and profile do not fit, or a locus is not in the panel. UsageError: `out` exists.
+        InputError: table and profile do not fit, or a locus is not in the panel. UsageError: `out` exists, or `OUT.scans`
+            holds a training on another table or of another config. Others as `engine.imaging.train.train`.
     """
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
     place = Path(".") if isinstance(table, dict) else Path(table).parent
@@ -306,18 +308,25 @@ def fit(
     model = CohortModel(made, genetics, None, (), notes)
     if out is None:
         return _with_scans(model, scans, notes)
+    out = Path(out)
+    if out.exists():
+        raise UsageError(
+            "a folder that does not exist yet", "an existing one", out, "another --out, or remove it first"
+        )
+    if scans is not None and not isinstance(scans, (str, Path)):
+        raise UsageError("a run folder or a config for scans, with out", "a model in memory", "cohort fit")
+    run = None if scans is None else Path(scans)
+    trained = out.with_name(f"{out.name}.scans") if run is not None and run.is_file() else None
+    if run is not None and trained is not None:
+        run = _train(model, columns, genetic, place, run, trained, overrides, progress)
     with atomic.atomic_folder(out) as folder:
-        run: Path | None = None
-        if scans is not None and not isinstance(scans, (str, Path)):
-            raise UsageError("a run folder or a config for scans, with out", "a model in memory", "cohort fit")
-        if scans is not None and Path(scans).is_file():
-            run = folder / "imaging"
-            _train(model, columns, genetic, place, Path(scans), run, overrides, progress)
-            shutil.rmtree(run / "cache", ignore_errors=True)
-        elif scans is not None:
-            run = Path(scans)
+        if run is not None and trained is not None:
+            # all of it but people's scans; its tables of scans lie as deep as before, so that their paths hold
+            run = shutil.copytree(run, folder / "imaging", ignore=shutil.ignore_patterns("cache"))
         model = _with_scans(model, run, notes)
         model._write(folder, run)
+    if trained is not None:
+        shutil.rmtree(trained)
     return model
 
 
@@ -408,11 +417,16 @@ def _train(
     genetic: Mapping[str, np.ndarray],
     place: Path,
     config: Path,
-    out: Path,
+    folder: Path,
     overrides: Sequence[str],
     progress: Progress | None,
-) -> None:
-    """Train the scans on the rows with an image, conditioned as the links say."""
+) -> Path:
+    """Train the scans on the rows with an image, conditioned as the links say; the run in `folder`, gone on with where it
+    was interrupted.
+
+    Raises:
+        UsageError: `folder` is of another table, or its run of another config.
+    """
     from engine.imaging.commands import train_command
 
     profile = model.profile
@@ -441,8 +455,16 @@ def _train(
         made[name] = np.array(
             ["" if str(cells[row]) in (*absent, "nan") else str(cells[row]) for row in have], dtype=object
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "scans.yaml"
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        write_table(Path(scratch) / "scans.csv", made)
-        train_command(path, Path(scratch) / "scans.csv", out, overrides=overrides, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    run, asked, begun = folder / "run", folder / "asked.csv", folder / "scans.csv"
+    resume = (run / "config.yaml").is_file()
+    write_table(asked, made)
+    if resume and begun.read_bytes() != asked.read_bytes():
+        asked.unlink()
+        raise UsageError(
+            "the table that this training was begun with", "another", folder, "remove it, or another --out"
+        )
+    os.replace(asked, begun)
+    atomic.write_text(folder / "scans.yaml", yaml.safe_dump(values, sort_keys=False))
+    train_command(folder / "scans.yaml", begun, run, overrides=overrides, resume=resume, progress=progress)
+    return run

@@ -204,6 +204,45 @@ def test_scans_are_told_what_the_links_say(model: CohortModel) -> None:
     assert set(model.scan_given({**row, "diagnosis": "n/a"})) == {"age", "sex", "group", "years"}
 
 
+def test_an_interrupted_training_of_scans_goes_on(model: CohortModel, folder: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "flow":
+            raise Stopped
+
+    asked: dict[str, Any] = {
+        "genotypes": folder / "real" / "genotypes.bcf",
+        "genetic_map": folder / "real" / "genetic_map.txt",
+        "scans": folder / "tiny.yaml",
+        "out": tmp_path / "model",
+        "overrides": ["training.log_every_steps=1"],
+    }
+    with pytest.raises(Stopped):
+        engine.cohort.fit(folder / "real" / "visits.csv", "alzheimer", progress=stop, **asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.scans"]
+    other = read_table(folder / "real" / "visits.csv")
+    other["age"] = other["age"] + 1
+    other["image"] = np.array([f"{folder / 'real'}/{i}" if i else "" for i in other["image"]], dtype=object)
+    with pytest.raises(UsageError, match="another"):
+        engine.cohort.fit(other, "alzheimer", **asked)
+    again = engine.cohort.fit(folder / "real" / "visits.csv", "alzheimer", **asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    log = [json.loads(line) for line in (tmp_path / "model" / "imaging" / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in log if line["event"] == "resume"] == ["autoencoder"]
+    assert not (tmp_path / "model" / "imaging" / "cache").exists()
+    for side in ("train", "holdout"):
+        listed = read_table(tmp_path / "model" / "imaging" / f"{side}.csv")
+        assert all((tmp_path / "model" / "imaging" / str(image)).is_file() for image in listed["image"])
+    one, two = (next(iter(m.generate(1, seed=1, complete=True))).scans[0] for m in (again, model))
+    assert one is not None
+    assert two is not None
+    assert np.array_equal(one.array_cdhw, two.array_cdhw)  # as if it had not been interrupted
+    with pytest.raises(UsageError, match="does not exist yet"):
+        engine.cohort.fit(folder / "real" / "visits.csv", "alzheimer", **asked)
+
+
 def test_a_panel_without_a_locus_is_refused() -> None:
     made = embedded_default("alzheimer", 40)
     panel = made.panel.select(sites=made.panel.sites.id != "rs429358")
