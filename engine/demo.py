@@ -20,18 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine import provenance
 from engine.atomic import write_json
 from engine.audit import AuditResult, Finding
-from engine.cohort import covariates, embedded, generate, truth
+from engine.cohort import embedded, joint, judge, truth
 from engine.cohort.config import EmbeddedConfig
 from engine.cohort.genotypes import dosage
-from engine.cohort.tables import read_table
+from engine.cohort.graph import left_out, links_figure
+from engine.cohort.profile import Modality
+from engine.cohort.write import generate_command, read_manifest
 from engine.errors import GateRefused, UsageError, closest
-from engine.genomics import commands as genomics
-from engine.genomics import run_folder
+from engine.genomics import li_stephens
 from engine.genomics.evaluate import evaluate as evaluate_genomics
-from engine.genomics.panel import read_panel
-from engine.imaging import commands as imaging
 from engine.imaging.evaluate import evaluate as evaluate_imaging
-from engine.imaging.generate import load_model
 from engine.release.audit_run import run_audit
 from engine.release.evaluation import genotype_section, scan_section
 from engine.release.manifest import release
@@ -39,6 +37,7 @@ from engine.release.report import Section, Table, audit_sections, write_report
 
 Progress = Callable[[str, int, int], None]
 SUMMARY = "summary.json"
+PROFILE = "embedded"
 
 
 class DemoConfig(BaseModel):
@@ -49,7 +48,7 @@ class DemoConfig(BaseModel):
     people: int = Field(240, ge=60, description="people of the embedded cohort")
     synthetic_people: int = Field(120, ge=20)
     genomics: dict[str, Any] = Field(default_factory=dict, description="settings of the haplotype model")
-    imaging: str = Field("imaging/demo_heads.yaml", description="config of the scan model, relative to this file")
+    imaging: str = Field("cohort/heads.yaml", description="config of the scan model, relative to this file")
     imaging_overrides: list[str] = Field(default_factory=list, description="a.b=c, as --set")
 
 
@@ -58,8 +57,7 @@ class _Folders:
     """What lies where in the demo's folder."""
 
     cohort: Path
-    genomics: Path
-    imaging: Path
+    model: Path
     synthetic: Path
     audit_genotypes: Path
     audit_scans: Path
@@ -97,12 +95,12 @@ def run_demo(
     """
     out = Path(out)
     settings, base = load_demo_config(None if config is None else Path(config))
+    haplotypes = li_stephens.load_config(None, [f"{key}={value}" for key, value in settings.genomics.items()])
     resolved = {**settings.model_dump(mode="json"), "seed": seed}
     _same_request(out, resolved)
     tell = progress or (lambda what, done, total: None)
     at = _Folders(
-        out / "cohort", out / "genomics-run", out / "imaging-run", out / "synthetic",
-        out / "audit-genotypes", out / "audit-scans", out / "release",
+        out / "cohort", out / "model", out / "synthetic", out / "audit-genotypes", out / "audit-scans", out / "release"
     )  # fmt: skip
     seconds: dict[str, float] = {}
 
@@ -116,36 +114,25 @@ def run_demo(
     timed("cohort", begun)
 
     begun = time.monotonic()
-    if not at.genomics.exists():
-        genomics.fit_command(
-            at.cohort / "genotypes_train.bcf",
-            out=at.genomics,
-            map=at.cohort / "genetic_map.txt",
-            samples=at.cohort / "samples.tsv",
-            overrides=[f"{key}={value}" for key, value in settings.genomics.items()],
+    if not at.model.exists():
+        joint.fit(
+            at.cohort / "visits.csv",
+            PROFILE,
+            genotypes=at.cohort / "genotypes_train.bcf",
+            genetic_map=at.cohort / "genetic_map.txt",
+            haplotypes=haplotypes,
+            scans=base / settings.imaging,
+            out=at.model,
+            overrides=[f"seed={seed}", *settings.imaging_overrides],
             progress=tell,
         )
-    timed("fit genotypes", begun)
+    timed("fit", begun)
 
     begun = time.monotonic()
-    trained = imaging.train_command(
-        base / settings.imaging,
-        at.cohort / "imaging" / "volumes.csv",
-        at.imaging,
-        overrides=[f"seed={seed}", *settings.imaging_overrides],
-        resume=(at.imaging / "checkpoints").is_dir(),
-        progress=tell,
-    )
-    timed("train scans", begun)
-
-    begun = time.monotonic()
-    train_side = cohort.part("train")
-    people = covariates.fit(train_side.subjects, dosage(train_side.panel), train_side.panel.sites.id.tolist())
-    haplotypes = run_folder.load(at.genomics)
-    who = generate.people(settings.synthetic_people, people, haplotypes, seed=seed)
+    model = joint.load(at.model, scans=not at.synthetic.exists())
     if not at.synthetic.exists():
-        people.save(out / "covariates.json")
-        generate.write_people(who, load_model(at.imaging), at.synthetic, seed=seed, config=resolved, progress=tell)
+        generate_command(model, settings.synthetic_people, at.synthetic, seed=seed, complete=True, progress=tell)
+    counts = read_manifest(at.synthetic)["counts"]
     timed("generate", begun)
 
     begun = time.monotonic()
@@ -165,32 +152,33 @@ def run_demo(
         "scans": run_audit(
             at.cohort / "imaging" / "train.csv",
             at.cohort / "imaging" / "holdout.csv",
-            at.synthetic / "imaging",
+            at.synthetic / "bids",
             _fresh(at.audit_scans),
             seed=seed,
             progress=tell,
         )[0],
     }
     timed("audit", begun)
-    released = _release(at, audits, [str(subject) for subject in cohort.subjects["subject"]])
+    released = _release(at, model.profile.modality, [str(subject) for subject in cohort.subjects["subject"]])
+    learned = cohort.part("train")
     result = {
         "out": str(out),
         "report": str(out / "report.html"),
         "made": {
-            "people": settings.synthetic_people,
-            "scans": len(who.scans["image"]),
-            "haplotypes": who.panel.n_haplotypes,
-            "sites": who.panel.n_sites,
-            "learned_from_people": len(train_side.subjects["subject"]),
-            "learned_from_scans": len(train_side.volumes),
+            "people": counts["people"],
+            "scans": counts["scans"],
+            "haplotypes": 2 * counts["genotypes"],
+            "sites": learned.panel.n_sites,
+            "learned_from_people": len(learned.subjects["subject"]),
+            "learned_from_scans": len(learned.volumes),
         },
         "audit": {name: {"verdict": result.verdict, "reasons": result.reasons} for name, result in audits.items()},
         "released": released,
         "findings": {name: [f.to_json() for f in part.findings] for name, part in judged.items()},
-        "training": trained,
+        "training": json.loads((at.model / "imaging" / "provenance.json").read_text(encoding="utf-8"))["stages"],
         "seconds": seconds,
     }
-    _report(out, result, judged, audits, seed)
+    _report(out, result, judged, audits, links_figure(model.profile, left_out(model.notes)), seed)
     provenance.write(out, "demo", config=resolved, seed=seed, synthetic=True, extra={"seconds": seconds})
     write_json(out / SUMMARY, result)
     return result
@@ -264,13 +252,12 @@ class _Part:
 
 def _evaluate(cohort: embedded.Cohort, at: _Folders, seed: int, tell: Progress) -> dict[str, _Part]:
     train, holdout = cohort.part("train"), cohort.part("holdout")
-    synthetic_panel = read_panel(at.synthetic / "genotypes.bcf")
-    volumes, _ = imaging.read_folder(at.synthetic / "imaging", "MR")
+    synthetic, synthetic_panel = judge.read_synthetic(at.synthetic)
     made = evaluate_genomics(holdout.panel, synthetic_panel, train=train.panel, seed=seed)
     tell("evaluating", 1, 3)
     scans = evaluate_imaging(
         holdout.volumes,
-        volumes,
+        synthetic.volumes,
         train=train.volumes,
         real_persons=[str(s) for s in holdout.scans["subject"]],
         seed=seed,
@@ -278,12 +265,7 @@ def _evaluate(cohort: embedded.Cohort, at: _Folders, seed: int, tell: Progress) 
     tell("evaluating", 2, 3)
     kept = truth.compare(
         truth.Observed(train.subjects, dosage(train.panel), train.scans, train.volumes),
-        truth.Observed(
-            read_table(at.synthetic / "subjects.csv"),
-            dosage(synthetic_panel),
-            read_table(at.synthetic / "imaging" / "volumes.csv"),
-            volumes,
-        ),
+        synthetic,
         config=cohort.config,
         loci=cohort.loci,
         true_ventricle_mm3=np.array(train.truth["scans"]["ventricle_mm3"]),
@@ -298,17 +280,18 @@ def _evaluate(cohort: embedded.Cohort, at: _Folders, seed: int, tell: Progress) 
     }
 
 
-def _release(at: _Folders, audits: dict[str, AuditResult], real_ids: list[str]) -> dict[str, str]:
+def _release(at: _Folders, modality: Modality, real_ids: list[str]) -> dict[str, str]:
     """Try to release each modality; the gate decides and its refusal is part of the summary."""
-    sources = {
-        "genotypes": (at.synthetic / "genotypes.bcf", at.audit_genotypes),
-        "scans": (at.synthetic / "imaging", at.audit_scans),
+    layout = {"bids": modality.suffix, "skull_stripped": modality.skull_stripped}
+    sources: dict[str, tuple[Path, Path, dict[str, Any]]] = {
+        "genotypes": (at.synthetic / "genotypes.bcf", at.audit_genotypes, {}),
+        "scans": (at.synthetic / "bids", at.audit_scans, layout),
     }
     said = {}
-    for name, (source, audit) in sources.items():
-        target = _fresh(at.release / name)
+    for name, (source, audit, more) in sources.items():
+        target, title = _fresh(at.release / name), f"Synthetic {name} of the demo"
         try:
-            release(source, audit / "audit.json", target, title=f"Synthetic {name} of the demo", forbidden=real_ids)
+            release(source, audit / "audit.json", target, title=title, forbidden=real_ids, **more)
             said[name] = str(target)
         except GateRefused as refusal:
             said[name] = f"refused: {refusal.expected}, got {refusal.got}"
@@ -316,7 +299,12 @@ def _release(at: _Folders, audits: dict[str, AuditResult], real_ids: list[str]) 
 
 
 def _report(
-    out: Path, result: dict[str, Any], judged: dict[str, _Part], audits: dict[str, AuditResult], seed: int
+    out: Path,
+    result: dict[str, Any],
+    judged: dict[str, _Part],
+    audits: dict[str, AuditResult],
+    links: dict[str, Any],
+    seed: int,
 ) -> None:
     verdicts = {audit.verdict for audit in audits.values()}
     verdict = "fail" if "fail" in verdicts else "void" if "void" in verdicts else "pass"
@@ -331,6 +319,7 @@ def _report(
             f"{made['people']} synthetic people with {made['scans']} head scans and {made['haplotypes']} haplotypes at"
             f" {made['sites']} sites, learned from {made['learned_from_people']} people of the embedded cohort."
             " Everybody in that cohort is simulated, so that the truth is known.",
+            figures={"graph": links},
             tables=[Table("Seconds per stage", ("Stage", "Seconds"), list(result["seconds"].items()))],
         ),
         scan_section(scans.findings, scans.figures),

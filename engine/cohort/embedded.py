@@ -90,6 +90,22 @@ def scan_table(subjects: Table) -> Table:
     return from_records(records, SCAN_COLUMNS)
 
 
+def visits_table(subjects: Table, scans: Table) -> Table:
+    """Tables of a cohort (`Cohort.subjects`, `Cohort.scans`) as one table of visits, as `engine.cohort.fit` takes it; images
+    relative to the cohort's folder."""
+    row = {str(name): at for at, name in enumerate(subjects["subject"])}
+    at = np.array([row[str(name)] for name in scans["subject"]])
+    twice = subjects["visits"][at] == 2
+    made = {name: scans[name] for name in ("subject", "visit")}
+    made["years"] = np.asarray(scans["interval_years"], dtype=np.float64)
+    made |= {name: scans[name] for name in ("group", "sex", "age", "diagnosis")}
+    made["end"] = np.where(twice, "completed", "dropout").astype(object)
+    made["end_years"] = np.where(twice, subjects["interval_years"][at], 0.0)
+    made["split"] = scans["split"] if "split" in scans else np.full(len(at), "train", dtype=object)
+    made["image"] = np.array([f"imaging/{image}" for image in scans["image"]], dtype=object)
+    return made
+
+
 def scan_person(
     config: EmbeddedConfig, base: heads.Template, subjects: Table, latent: Table, row: int, person: int
 ) -> Iterator[heads.Head]:
@@ -163,9 +179,9 @@ def make_cohort(config: EmbeddedConfig | None = None, progress: Progress | None 
 def write_cohort(cohort: Cohort, folder: str | Path, progress: Progress | None = None) -> Path:
     """Write the cohort as the inputs of the ordinary commands; the folder is whole or absent.
 
-    imaging/volumes.csv, imaging/train.csv, imaging/holdout.csv and imaging/images/*.nii.gz; genotypes.bcf,
-    genotypes_train.bcf and genotypes_holdout.bcf with indices; samples.tsv; genetic_map.txt; subjects.csv; truth.json;
-    provenance.json.
+    visits.csv, which names the images; imaging/volumes.csv, imaging/train.csv, imaging/holdout.csv and
+    imaging/images/*.nii.gz; genotypes.bcf, genotypes_train.bcf and genotypes_holdout.bcf with indices; samples.tsv;
+    genetic_map.txt; subjects.csv; truth.json; provenance.json.
 
     Raises:
         UsageError: the folder exists.
@@ -190,6 +206,7 @@ def write_cohort(cohort: Cohort, folder: str | Path, progress: Progress | None =
             made / "samples.tsv", {name: cohort.subjects[name] for name in ("subject", "group", "sex", "split")}
         )
         write_table(made / "subjects.csv", cohort.subjects, SUBJECT_COLUMNS)
+        write_table(made / "visits.csv", visits_table(cohort.subjects, cohort.scans))
         atomic.write_text(made / "genetic_map.txt", "\n".join(genotypes.map_lines(cohort.panel)) + "\n")
         atomic.write_json(made / "truth.json", cohort.truth)
         provenance.write(

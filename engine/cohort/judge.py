@@ -296,16 +296,12 @@ def judge_folders(
     for split in ("train", "holdout"):
         here = subjects["split"] == split
         sides[split] = (take(subjects, here), panel.select(samples=here), take(scans, scans["split"] == split))
-    made_subjects, made_scans, made_panel = synthetic_tables(synthetic)
+    made, made_panel = read_synthetic(synthetic)
     ventricle = np.array(described["scans"]["ventricle_mm3"])[scans["split"] == "train"]
-    volumes = {
-        "train": _volumes(real / "imaging", sides["train"][2]),
-        "holdout": _volumes(real / "imaging", sides["holdout"][2]),
-        "synthetic": _volumes(synthetic, made_scans),
-    }
+    volumes = {split: _volumes(real / "imaging", sides[split][2]) for split in sides}
     compared = truth.compare(
         truth.Observed(sides["train"][0], dosage(sides["train"][1]), sides["train"][2], volumes["train"]),
-        truth.Observed(made_subjects, dosage(made_panel), made_scans, volumes["synthetic"]),
+        made,
         config=config,
         loci=loci,
         true_ventricle_mm3=ventricle,
@@ -314,14 +310,26 @@ def judge_folders(
     )
     of = lambda s, p, t, v: Side(s, p, [x for x, visit in zip(v, t["visit"]) if visit == 1])  # noqa: E731
     train, holdout = (of(*sides[split], volumes[split]) for split in ("train", "holdout"))
+    assert made.scans is not None
     more = judge(
-        train, holdout, of(made_subjects, made_panel, made_scans, volumes["synthetic"]), loci, seed=seed, plink2=plink2
+        train, holdout, of(made.subjects, made_panel, made.scans, made.volumes), loci, seed=seed, plink2=plink2
     )
     return [*compared.findings, *more], compared.figures
 
 
-def synthetic_tables(folder: Path) -> tuple[Table, Table, HaplotypePanel]:
-    """People, visits with a scan, and genotypes of a synthetic cohort, as `truth.Observed` takes them."""
+def read_synthetic(folder: str | Path) -> tuple[truth.Observed, HaplotypePanel]:
+    """A synthetic cohort (`write.generate_command`, complete) as `truth.compare` takes it, and its genotypes.
+
+    Raises:
+        InputError: another folder, or a person without genotypes.
+    """
+    folder = Path(folder)
+    people, scans, panel = _synthetic_tables(folder)
+    return truth.Observed(people, dosage(panel), scans, _volumes(folder, scans)), panel
+
+
+def _synthetic_tables(folder: Path) -> tuple[Table, Table, HaplotypePanel]:
+    """People, visits with a scan, and genotypes of a synthetic cohort."""
     read_manifest(folder)
     visits = read_table(folder / "visits.tsv")
     first = visits["visit"] == 1
@@ -357,10 +365,10 @@ def judge_table(people: int, *, seed: int = 0, plink2: str | None = "plink2") ->
     from the same genomes, would be the ideal generator.
     """
     from engine.cohort import genotypes
+    from engine.cohort.embedded import scan_table, visits_table
     from engine.cohort.joint import fit
     from engine.cohort.people import make_people
     from engine.cohort.profile import load_profile
-    from engine.cohort.simulate import visits_table
     from engine.genomics.li_stephens import LiStephensConfig
 
     config = EmbeddedConfig(people=people, seed=seed)
@@ -370,8 +378,6 @@ def judge_table(people: int, *, seed: int = 0, plink2: str | None = "plink2") ->
     group = panel.samples.group
     assert group is not None
     subjects, _ = make_people(config, group, dosage(panel, np.array([x.site for x in loci])), ids)
-    from engine.cohort.embedded import scan_table
-
     table = visits_table(subjects, scan_table(subjects))
     table["image"] = np.full(rows(table), "", dtype=object)
     model = fit(table, load_profile("embedded"), genotypes=panel, haplotypes=LiStephensConfig(ne=20_000, mismatch=2e-4))
@@ -416,7 +422,7 @@ def linkage_folders(real: str | Path, synthetic: str | Path, *, seed: int = 0) -
     real, synthetic = Path(real), Path(synthetic)
     subjects, scans = read_table(real / "subjects.csv"), read_table(real / "imaging" / "volumes.csv")
     panel = read_panel(real / "genotypes.bcf", samples_tsv=real / "samples.tsv")
-    made_subjects, made_scans, made_panel = synthetic_tables(synthetic)
+    made_subjects, made_scans, made_panel = _synthetic_tables(synthetic)
 
     def linked(people: Table, own: HaplotypePanel, table: Table, folder: Path) -> Linked:
         first = take(table, table["visit"] == 1)

@@ -20,10 +20,9 @@ import numpy as np
 
 from engine import seeding
 from engine.cohort import nodes
-from engine.cohort.covariates import Density
 from engine.cohort.nodes import Absence, Change, Ends, Feature, LevelNode, Move, NumberNode, Values, design
 from engine.cohort.profile import END, GENOTYPE, NO_GENOTYPE, NO_SCAN, Column, Profile
-from engine.cohort.regressions import WEAK_SD, Ordered, fit_ordered, fit_rate
+from engine.cohort.regressions import WEAK_SD, Density, Ordered, fit_ordered, fit_rate
 from engine.cohort.tables import Table, require, rows
 from engine.errors import InputError, UsageError, closest
 

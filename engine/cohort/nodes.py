@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from engine.cohort.covariates import Density
 from engine.cohort.regressions import (
     WEAK_SD,
+    Density,
     Margin,
     Nominal,
     Ordered,

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize
-from scipy.special import expit, log_expit, ndtri
-
-from engine.cohort.covariates import Density
+from scipy.special import expit, log_expit, ndtr, ndtri
 
 WEAK_SD = 3.0
+_GRID = 161  # points of a density
 _ATOM_SHARE = 0.05  # a value that so many people share is one of its own (no pack-years, full marks)
 
 
@@ -203,6 +202,34 @@ def fit_line(
         rest = y_n - x_nf @ beta
         spread = float(np.sqrt(max((w * rest**2).sum() / max(len(y_n) - f, 1), 1e-12)))
     return beta, spread
+
+
+@dataclass(frozen=True)
+class Density:
+    """A probability density on [low, high], linear between grid points; sampled by inversion."""
+
+    low: float
+    high: float
+    cumulative: np.ndarray  # (grid,), from 0 to 1
+
+    @classmethod
+    def smooth(cls, values: np.ndarray, low: float, high: float, least_width: float) -> Density:
+        """Mixture of normals truncated to the bounds, one per value, width by Silverman's rule and at least
+        `least_width`.
+        """
+        width = least_width
+        if len(values) > 1:
+            width = max(width, 1.06 * float(np.std(values, ddof=1)) * len(values) ** -0.2)
+        grid = np.linspace(low, high, _GRID)
+        if len(values) == 0:
+            return cls(low, high, (grid - low) / (high - low))
+        below = ndtr((grid[:, None] - values[None]) / width)
+        share = (below - below[:1]) / (below[-1:] - below[:1])
+        return cls(low, high, np.round(share.mean(axis=1), 8))  # as it is saved: a loaded model makes the same people
+
+    def draw(self, uniform: np.ndarray) -> np.ndarray:
+        """Values at the given probabilities."""
+        return np.interp(uniform, self.cumulative, np.linspace(self.low, self.high, len(self.cumulative)))
 
 
 @dataclass(frozen=True)

@@ -309,18 +309,3 @@ def write_simulated(made: Simulated, folder: str | Path) -> Path:
         atomic.write_json(out / "truth.json", {"loci": [locus.to_json() for locus in made.loci]})
         provenance.write(out, "cohort embedded", synthetic=True)
     return Path(folder)
-
-
-def visits_table(subjects: Table, scans: Table) -> Table:
-    """The embedded cohort's tables (`engine.cohort.embedded`) as one table of visits, as `longitudinal.fit_table` takes it."""
-    row = {str(name): at for at, name in enumerate(subjects["subject"])}
-    at = np.array([row[str(name)] for name in scans["subject"]])
-    twice = subjects["visits"][at] == 2
-    made = {name: scans[name] for name in ("subject", "visit")}
-    made["years"] = np.asarray(scans["interval_years"], dtype=np.float64)
-    made |= {name: scans[name] for name in ("group", "sex", "age", "diagnosis")}
-    made["end"] = np.where(twice, "completed", "dropout").astype(object)
-    made["end_years"] = np.where(twice, subjects["interval_years"][at], 0.0)
-    made["split"] = scans["split"] if "split" in scans else np.full(len(at), "train", dtype=object)
-    made["image"] = np.array([f"imaging/{image}" for image in scans["image"]], dtype=object)
-    return made

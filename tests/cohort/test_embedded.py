@@ -9,8 +9,10 @@ import pytest
 from engine.cohort import heads
 from engine.cohort.config import EmbeddedConfig
 from engine.cohort.embedded import Cohort, scan_person, write_cohort
+from engine.cohort.longitudinal import fit_table
 from engine.cohort.measure import calibrate, measure
 from engine.cohort.people import make_people
+from engine.cohort.profile import load_profile
 from engine.cohort.tables import read_table
 from engine.errors import UsageError
 from engine.genomics.panel import read_panel
@@ -80,6 +82,13 @@ def test_files_are_the_inputs_of_the_ordinary_commands(small: Cohort, tmp_path: 
     assert np.array_equal(panel.samples.group, small.panel.samples.group)
     train = read_panel(folder / "genotypes_train.bcf", samples_tsv=folder / "samples.tsv")
     assert set(train.samples.ids) == set(parts[0]["subject"])
+
+    visits = read_table(folder / "visits.csv")
+    assert all((folder / str(image)).is_file() for image in visits["image"])
+    assert list(visits["split"]) == list(small.scans["split"])
+    fitted = fit_table(load_profile("embedded"), visits)  # which checks every rule of the profile
+    assert fitted.people == len(set(parts[0]["subject"]))
+    assert fitted.visits == len(parts[0]["subject"])
 
     truth = json.loads((folder / "truth.json").read_text())
     assert truth["loci"][0]["log_odds"] == 1.2

@@ -11,7 +11,7 @@ import pytest
 from engine.cohort.longitudinal import TableModel, fit_table, model_from_json
 from engine.cohort.nodes import classes_of
 from engine.cohort.profile import Profile, check_row, check_rows, parse_profile
-from engine.cohort.regressions import fit_line, fit_margin, fit_ordered, fit_rate
+from engine.cohort.regressions import Density, fit_line, fit_margin, fit_ordered, fit_rate
 from engine.cohort.tables import Table, column, take
 from engine.errors import InputError, UsageError
 
@@ -137,6 +137,34 @@ def test_a_margin_keeps_atoms_and_nobodys_own_value() -> None:
     assert not np.isin(np.round(again[again > 0], 9), np.round(value, 9)).any()
     assert margin.normal_score(value).std() == pytest.approx(0.95, abs=0.05)
     assert margin.cdf(0) - margin.cdf(0, below=True) == pytest.approx((value == 0).mean())
+
+
+def test_a_density_is_smooth_within_its_bounds() -> None:
+    rng = np.random.Generator(np.random.Philox(12))
+    value = np.concatenate([rng.normal(55, 2, 600), rng.normal(80, 3, 400)]).clip(50, 90)
+    density = Density.smooth(value, 50, 90, 2.0)
+    assert density.cumulative[[0, -1]] == pytest.approx([0, 1])
+    again = density.draw(np.linspace(0, 1, 9001))
+    assert [again.min(), again.max()] == [50, 90]
+    assert again.mean() == pytest.approx(value.mean(), abs=0.5)
+    assert not np.isin(again[1:-1], value).any()  # nobody's own age
+    # two hills stay two: a kernel as wide as the whole would fill the valley between them
+    assert np.diff(density.draw(np.array([0.55, 0.65]))) > 5
+    one = Density.smooth(np.array([60.0]), 50, 90, 2.0).draw(np.array([0.1587, 0.5, 0.8413]))
+    assert one == pytest.approx([58, 60, 62], abs=0.05)
+    assert Density.smooth(np.zeros(0), 1, 3, 0.1).draw(np.array([0.25, 0.75])) == pytest.approx([1.5, 2.5])
+
+
+def test_people_held_out_teach_the_table_nothing(profile: Profile, real: Table) -> None:
+    small = take(real, np.isin(real["subject"], np.unique(real["subject"])[:300]))
+    out = np.isin(small["subject"], np.unique(small["subject"])[::3])
+    split = np.where(out, "holdout", "train").astype(object)
+    young = np.where(out, small["age"] - small["age"].min() + 40, small["age"])
+    told = fit_table(profile, {**small, "split": split})
+    other = fit_table(profile, {**small, "split": split, "age": young, "packs": np.where(out, 80.0, small["packs"])})
+    assert told.people == len(set(small["subject"][~out]))
+    assert told.to_json() == other.to_json()
+    assert told.to_json() != fit_table(profile, small).to_json()
 
 
 def test_every_row_keeps_the_rules(profile: Profile, drawn: list[list[dict[str, Any]]]) -> None:

@@ -10,8 +10,11 @@ import pytest
 from engine.errors import InputError, UsageError
 from engine.imaging.config import apply_overrides, dump_config, load_config, parse_config
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(
-    p for p in (Path(__file__).parents[2] / "configs" / "imaging").glob("*.yaml") if not p.name.startswith("evaluate")
+    p
+    for p in (*(CONFIGS / "imaging").glob("*.yaml"), *(CONFIGS / "cohort").glob("*.yaml"))
+    if not p.name.startswith("evaluate")
 )
 GOOD = {"data": {"size": [16, 16, 16]}, "autoencoder": {"steps": 1}, "flow": {"steps": 1}}
 
@@ -26,7 +29,7 @@ def test_shipped_configs_load_and_say_how_to_run_them(path, tmp_path):
 
 
 def test_there_are_shipped_configs():
-    assert {p.stem for p in SHIPPED} >= {"hippocampus_cpu15", "demo_heads"}
+    assert {p.stem for p in SHIPPED} >= {"hippocampus_cpu15", "heads"}
 
 
 @pytest.mark.parametrize(
