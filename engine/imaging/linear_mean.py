@@ -20,7 +20,8 @@ velocity of that normal distribution is added, which is known in closed form and
 
     a(s) = (t - (1 - t) s^2) / ((1 - t)^2 s^2 + t^2),   a(s_0) r + sum_k (a(s_k) - a(s_0)) <r, u_k> u_k.
 
-The network learns what is not normal. A follow-up has no use for it: what is left of it is small.
+The network learns what is not normal. For a follow-up s_k and s_0 are those of what changed between two scans of one person
+beyond what the covariates say, along the same directions; where no covariate changes there is nothing to add.
 """
 
 from __future__ import annotations
@@ -60,15 +61,19 @@ class LinearMean(nn.Module):
         # parameters that nobody trains: they are saved, averaged and sent like all others
         self.centre_k = nn.Parameter(torch.zeros(columns), requires_grad=False)
         self.weight_kcdhw = nn.Parameter(torch.zeros(1 + columns, *shape_cdhw), requires_grad=False)
-        self.direction_kcdhw = self.deviation_k = None
+        self.direction_kcdhw = self.deviation_2k = None
         if components:
             self.direction_kcdhw = nn.Parameter(torch.zeros(components, *shape_cdhw), requires_grad=False)
-            self.deviation_k = nn.Parameter(torch.zeros(1 + components), requires_grad=False)  # of the rest first
+            # of the rest first; of people, and of changes within a person
+            self.deviation_2k = nn.Parameter(torch.zeros(2, 1 + components), requires_grad=False)
 
-    def set(self, latent_bcdhw: Tensor, condition: Condition) -> float:
+    def set(self, latent_bcdhw: Tensor, condition: Condition, others: Sequence[Sequence[int]] = ()) -> float:
         """Learn from standardised latents and the covariates of now; returns the ridge that was chosen.
 
         Rows that share a person count as others do.
+
+        Args:
+            others: other rows of the person of each row, or the row itself (`context.other_scans`); for follow-ups.
         """
         row_bk, given_bk = self._columns(condition, 0)
         row_bk, given_bk = row_bk.double().cpu(), given_bk.cpu()
@@ -99,16 +104,16 @@ class LinearMean(nn.Module):
             self.centre_k.copy_(centre.float())
             self.weight_kcdhw.copy_(made)
         if self.direction_kcdhw is not None:
-            self._set_components(
-                latent - (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
-            )
+            said = (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
+            pairs = [(row, own[0]) for row, own in enumerate(others) if own[0] != row]
+            self._set_components(latent - said, pairs)
         return ridge
 
     @torch.no_grad()
-    def _set_components(self, residual_bp: Tensor) -> None:
-        """Of residuals, of as many rows as a Gram matrix can have."""
+    def _set_components(self, residual_bp: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Of residuals, of as many rows as a Gram matrix can have, and of the differences of pairs of rows."""
         assert self.direction_kcdhw is not None
-        assert self.deviation_k is not None
+        assert self.deviation_2k is not None
         places = residual_bp.shape[1]
         total = sum(float(part.double().square().sum()) for part in residual_bp.split(_PLACES, dim=1)) / len(
             residual_bp
@@ -119,33 +124,53 @@ class LinearMean(nn.Module):
         chosen = torch.arange(len(power) - 1, len(power) - 1 - count, -1)
         directions = (vectors[:, chosen] / power[chosen].sqrt()).float().T @ rows
         variance = power[chosen] / len(rows)
-        self.deviation_k[0] = ((total - float(variance.sum())) / max(places - count, 1)) ** 0.5 if total > 0 else 0.0
-        self.deviation_k[1 : 1 + count] = variance.sqrt().float()
+        of_people = [max(total - float(variance.sum()), 0.0) / max(places - count, 1), *variance.tolist()]
+        self.deviation_2k[0, : 1 + count] = torch.tensor(of_people).sqrt()
         self.direction_kcdhw[:count] = directions.view(count, *self.direction_kcdhw.shape[1:])
+        if not pairs:
+            return
+        power, whole = torch.zeros(count, dtype=torch.float64), 0.0
+        for row, other in pairs:
+            change = residual_bp[row] - residual_bp[other]
+            power += (directions @ change).double().square() / len(pairs)
+            whole += float(change.double().square().sum()) / len(pairs)
+        of_changes = [max(whole - float(power.sum()), 0.0) / max(places - count, 1), *power.tolist()]
+        self.deviation_2k[1, : 1 + count] = torch.tensor(of_changes).sqrt()
 
     def pull(self, centred_bcdhw: Tensor, t_b: Tensor, condition: Condition) -> Tensor | float:
         """The velocity of the normal distribution about the mean at `centred_bcdhw` = x - (1 - t) mean; 0 without
-        components, and for a row with an earlier scan."""
-        if self.direction_kcdhw is None or self.deviation_k is None:
+        components, and for a follow-up in which no covariate changes."""
+        if self.direction_kcdhw is None or self.deviation_2k is None:
             return 0.0
         with torch.autocast(centred_bcdhw.device.type, enabled=False):
             direction: Tensor = self.direction_kcdhw
-            deviation: Tensor = self.deviation_k
+            scale = 1.0
             if centred_bcdhw.shape[2:] != direction.shape[2:]:
                 size, places = centred_bcdhw.shape[2:], direction[0].numel()
                 direction = F.interpolate(direction, size=size, mode="trilinear", align_corners=False)
                 norm = direction.flatten(1).norm(dim=1).clamp(min=1e-12)
                 direction = direction / norm.view(-1, 1, 1, 1, 1)
-                deviation = torch.cat([deviation[:1], deviation[1:] * (direction[0].numel() / places) ** 0.5])
+                scale = (direction[0].numel() / places) ** 0.5
+            follows_b, changes_b = self._follows(condition)
+            deviation_bk = self.deviation_2k[follows_b.long()]
+            deviation_bk = torch.cat([deviation_bk[:, :1], scale * deviation_bk[:, 1:]], dim=1)
             t = t_b[:, None]
-            strength_bk = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2).clamp(min=1e-8)
+            below = ((1 - t) ** 2 * deviation_bk**2 + t**2).clamp(min=1e-8)
+            strength_bk = (t - (1 - t) * deviation_bk**2) / below
             along_bk = torch.einsum("bcdhw,kcdhw->bk", centred_bcdhw, direction)
             rest = strength_bk[:, :1]
             pulled = rest.view(-1, 1, 1, 1, 1) * centred_bcdhw
             pulled = pulled + torch.einsum("bk,kcdhw->bcdhw", (strength_bk[:, 1:] - rest) * along_bk, direction)
-            if self.earlier and condition.context_bcdhw is not None:
-                pulled = torch.where(condition.context_bcdhw[:, -1:] > 0, 0.0, pulled)
-            return pulled
+            return torch.where((follows_b & ~changes_b).view(-1, 1, 1, 1, 1), 0.0, pulled)
+
+    def _follows(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Which rows have an earlier scan, and in which a covariate that is known at both times changes."""
+        if not self.earlier or condition.context_bcdhw is None:
+            never = torch.zeros(len(condition.spacing_b3), dtype=torch.bool, device=condition.spacing_b3.device)
+            return never, never
+        now, then = self._columns(condition, 0), self._columns(condition, 1)
+        changes_b = ((now[0] != then[0]) & now[1] & then[1]).any(dim=1)
+        return condition.context_bcdhw[:, -1].flatten(1)[:, 0] > 0, changes_b
 
     def forward(self, condition: Condition, size: Sequence[int]) -> Tensor:
         with torch.autocast(self.weight_kcdhw.device.type, enabled=False):  # a mean in bf16 would be noise to learn

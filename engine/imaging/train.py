@@ -152,7 +152,7 @@ def train(
         data = flow_data(config, rows, scans_g, latents, covariates)
         own = parts if state.get("stage") == "flow" else {}
         if isinstance(denoiser, Centred) and not own:
-            ridge = denoiser.mean.set(latents.standardise(latents.mean_g[0][0]), data.given_g[0])
+            ridge = denoiser.mean.set(latents.standardise(latents.mean_g[0][0]), data.given_g[0], data.others)
             log.event("linear_mean", ridge=ridge)
         _train_flow(run, config, autoencoder, denoiser, data, watch, own, state)
 

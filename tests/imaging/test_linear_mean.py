@@ -166,8 +166,8 @@ def test_a_normal_distribution_is_drawn_right_by_a_network_that_has_learned_noth
     latent = latent + 0.4 * torch.randn(3000, *SHAPE, generator=rng)
     mean = LinearMean([3], 2, SHAPE, earlier=False, components=2)
     mean.set(latent, known)
-    assert mean.deviation_k is not None
-    assert mean.deviation_k.tolist() == pytest.approx([0.4, 6.0, 3.0], rel=0.05)
+    assert mean.deviation_2k is not None
+    assert mean.deviation_2k[0].tolist() == pytest.approx([0.4, 6.0, 3.0], rel=0.05)
 
     class Nothing(torch.nn.Module):
         def forward(self, x: torch.Tensor, t_b: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -183,17 +183,57 @@ def test_a_normal_distribution_is_drawn_right_by_a_network_that_has_learned_noth
     assert float(rest.square().sum() / (2000 * (places - 2))) ** 0.5 == pytest.approx(0.4, rel=0.05)
 
 
-def test_components_are_left_out_of_follow_ups_and_fewer_where_there_are_few_scans() -> None:
+def test_a_follow_up_changes_as_much_as_people_do() -> None:
+    """Pairs of scans of a person: a change by the covariate, more along one direction, some noise; network at zero."""
+    rng = torch.Generator().manual_seed(30)
+    places, n = int(np.prod(SHAPE)), 4000
+    axes = torch.linalg.qr(torch.randn(places, 2, generator=rng))[0].T.reshape(2, *SHAPE)
+    one = conditions(n, 31)
+    other = replace(one, continuous_bk=one.continuous_bk + torch.tensor([0.5, 0.0]))
+    own = torch.einsum("bk,kcdhw->bcdhw", torch.randn(n, 2, generator=rng) * torch.tensor([6.0, 4.0]), axes)
+    change = torch.einsum("bk,kcdhw->bcdhw", torch.randn(n, 1, generator=rng) * 0.8, axes[:1])
+    change = change + 0.1 * torch.randn(n, *SHAPE, generator=rng)
+    first, second = truth(one) + own, truth(other) + own + change
+    both = Condition(
+        torch.zeros(2 * n, 3),
+        torch.cat([one.continuous_bk, other.continuous_bk]),
+        torch.cat([one.categorical_bk, other.categorical_bk]),
+    )
+    mean = LinearMean([3], 2, SHAPE, earlier=True, components=2)
+    mean.set(torch.cat([first, second]), both, [[(k + n) % (2 * n)] for k in range(2 * n)])
+    assert mean.deviation_2k is not None
+    assert mean.deviation_2k[1, 1].item() == pytest.approx((0.8**2 + 0.1**2) ** 0.5, rel=0.05)
+    assert mean.deviation_2k[1, [0, 2]].tolist() == pytest.approx([0.1, 0.1], rel=0.1)
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t_b: torch.Tensor, condition: Condition) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    model = Centred(Nothing(), mean)  # type: ignore[arg-type]
+    asked = replace(
+        other,
+        continuous_bk=torch.cat([other.continuous_bk, one.continuous_bk], dim=1),
+        categorical_bk=torch.cat([other.categorical_bk, one.categorical_bk], dim=1),
+        context_bcdhw=flagged(first, torch.ones(n, dtype=torch.bool)),
+    )
+    noise = torch.randn(n, *SHAPE, generator=rng)
+    made = SAMPLERS["heun"](lambda x, t: model(x, t, asked), noise, flow_times(100, 1.0))
+    beyond = made - first - (truth(other) - truth(one))
+    along = torch.einsum("bcdhw,kcdhw->bk", beyond, axes)
+    assert along.std(dim=0).tolist() == pytest.approx([0.806, 0.1], rel=0.15)  # steps of 0.01 for a deviation of 0.1
+    same = replace(asked, continuous_bk=torch.cat([one.continuous_bk, one.continuous_bk], dim=1))
+    assert (mean.pull(noise, torch.full((n,), 0.5), same) == 0).all()  # nothing changes
+
+
+def test_fewer_components_where_there_are_few_scans_and_any_size() -> None:
     known = conditions(6, 23)
     mean = LinearMean([3], 2, SHAPE, earlier=True, components=9)
     mean.set(torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(24)), known)
-    assert mean.deviation_k is not None
-    assert mean.deviation_k.isfinite().all()
-    assert int((mean.deviation_k[1:] > 0).sum()) <= 5
+    assert mean.deviation_2k is not None
+    assert mean.deviation_2k.isfinite().all()
+    assert int((mean.deviation_2k[0, 1:] > 0).sum()) <= 5
     x, t = torch.randn(2, *SHAPE), torch.tensor([0.3, 0.0])
-    context = flagged(torch.randn(2, *SHAPE), torch.tensor([True, False]))
-    pulled = mean.pull(x, t, conditions(2, 25).within(context))
-    assert (pulled[0] == 0).all()
+    pulled = mean.pull(x, t, conditions(2, 25))
     torch.testing.assert_close(pulled[1], -x[1])  # where all noise is gone, what is left of it points away
     assert mean.pull(torch.randn(2, 2, 6, 8, 4), t, conditions(2, 25)).isfinite().all()
 
