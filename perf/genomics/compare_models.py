@@ -76,12 +76,7 @@ def row(name: str, fit: Callable[[], Any], known: HaplotypePanel, unseen: Haplot
     figures: dict[str, Any] = {}
     if made is not None:
         found = evaluate(unseen, made, train=known, seed=seed)
-        for figure in FIGURES:
-            try:
-                finding = found[figure]
-            except KeyError:
-                continue
-            figures[figure] = {"value": finding.value, "floor": finding.floor}
+        figures = {f: {"value": found[f].value, "floor": found[f].floor} for f in FIGURES}
     return {
         "model": name, "seed": seed, "reference_haplotypes": known.n_haplotypes, "n": unseen.n_haplotypes,
         "nats": None if nats is None else float(nats.mean()),
