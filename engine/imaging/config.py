@@ -138,12 +138,21 @@ class AutoencoderConfig(Budget):
     )
     coarser_scales: int = Field(1, ge=0, le=3)
     shift_voxels: int = Field(2, ge=0, description="augmentation: random whole-voxel shifts of at most this")
+    turn_degrees: float = Field(
+        0.0, ge=0, le=45, description="augmentation: random turns of at most this about each axis; costs interpolation"
+    )
     adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
     adversarial_start: float = Field(0.5, ge=0, le=1, description="share of the stage after which it joins")
     discriminator_width: int = Field(16, ge=4)
     crop_size: tuple[int, int, int] | None = Field(
         None, description="train on random crops of this size; null: whole volumes"
     )
+
+    @model_validator(mode="after")
+    def _whole_or_crops(self) -> AutoencoderConfig:
+        if self.crop_size is not None and self.turn_degrees:
+            raise ValueError("turn_degrees turns whole volumes: leave it out where crop_size is given")
+        return self
 
     @property
     def factor(self) -> int:
@@ -184,8 +193,9 @@ class FlowConfig(Budget):
     components: int = Field(
         0, ge=0, description="linear_mean: so many principal components of what it leaves begin with their own variance"
     )
-    views: int = Field(4, ge=1, description="latents per training volume: the volume itself and shifted copies")
+    views: int = Field(4, ge=1, description="latents per training volume: the volume itself and moved copies")
     shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
+    turn_degrees: float = Field(0.0, ge=0, le=45, description="and turned by at most this about each axis")
 
 
 class SamplingConfig(_Section):

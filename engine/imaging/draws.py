@@ -14,11 +14,11 @@ from torch import Tensor
 from engine import seeding
 from engine.imaging.config import ImagingConfig
 from engine.imaging.context import flagged, joined, other_scans, with_baseline
-from engine.imaging.dataset import Covariate, Row, Scans, condition, shifted
+from engine.imaging.dataset import Covariate, Row, Scans, condition
 from engine.imaging.denoiser import Condition
 from engine.imaging.flow import training_times
-from engine.imaging.labels import map_context
-from engine.imaging.latents import Latents, random_shift
+from engine.imaging.labels import channels_of, codes_from, map_context
+from engine.imaging.latents import Latents, view_move
 
 FlowBatch = tuple[Tensor, Tensor, Tensor, Condition]
 
@@ -29,7 +29,7 @@ class FlowData:
 
     Attributes:
         latents: of every scan on every grid. given_g: the table's covariates and the spacing, per grid.
-        codes_g: label maps (b, d, h, w) per grid, where they are a condition.
+        codes_g: label maps (b, d, h, w) per grid, where they are a condition. spacing_g: (b, 3) mm, per grid.
         others: rows of the same person, where an earlier scan is a condition.
         drop_k: probability of training without a covariate, continuous ones first.
     """
@@ -37,6 +37,7 @@ class FlowData:
     latents: Latents
     given_g: list[Condition]
     codes_g: list[np.ndarray]
+    spacing_g: list[np.ndarray]
     others: list[list[int]]
     drop_k: np.ndarray
 
@@ -52,6 +53,7 @@ def flow_data(
         latents,
         [condition(covariates, scans.spacing_mm, known) for scans in scans_g],
         [scans.codes_bdhw for scans in scans_g if scans.codes_bdhw is not None] if config.flow.label_map else [],
+        [scans.spacing_mm for scans in scans_g],
         other_scans(rows) if config.flow.baseline else [],
         np.array([config.flow.condition_drop if p is None else p for p in declared]),
     )
@@ -84,14 +86,13 @@ def flow_batch(
             other = data.others[index][int(draw.integers(len(data.others[index])))]
             again = torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
             known = draw.random() >= flow.condition_drop
-            view = 0 if known else view  # shifted copies of two scans would not lie on each other
+            view = 0 if known else view  # moved copies of two scans would not lie on each other
             pairs.append((other, mean[0, other] + deviation[0, other] * again, known, draw.random(covariates)))
         if data.codes_g:
-            offset = view_shift(config, index, view)
-            code = np.array(shifted(data.codes_g[grid][index][None], offset))
-            one = map_context(
-                torch.from_numpy(code), len(config.data.labels), config.autoencoder.factor, config.map_fold
-            )
+            labels, spacing = len(config.data.labels), data.spacing_g[grid][index]
+            channels = channels_of(data.codes_g[grid][index], labels)
+            code = torch.from_numpy(codes_from(view_move(config, index, view).of(channels, spacing, 0)))
+            one = map_context(code[None], labels, config.autoencoder.factor, config.map_fold)
             maps.append(one * float(draw.random() >= flow.condition_drop))
         x0.append(mean[view, index] + deviation[view, index] * redrawn)
     t_b = training_times(torch.tensor(normal, dtype=torch.float32), flow.time_shift)
@@ -107,9 +108,3 @@ def flow_batch(
         earlier = flagged(data.latents.standardise(torch.stack([latent for _, latent, _, _ in pairs])), known_b)
     context = joined(config, torch.cat(maps) if maps else None, earlier, standardised)
     return standardised, torch.stack(noise), t_b, wanted.within(context)
-
-
-def view_shift(config: ImagingConfig, index: int, view: int) -> tuple[int, ...]:
-    """By how many voxels view `view` of volume `index` is shifted; view 0 is the volume itself."""
-    flow = config.flow
-    return random_shift(config.seed, index * flow.views + view, flow.shift_voxels if view else 0, "view")

@@ -252,7 +252,9 @@ class ScanSite:
 
     def _image_loss(self, positions: list[int], items: list[int]) -> torch.Tensor:
         budget, config = self.config.autoencoder, self.config
-        x = np.stack([moved(self.scans.x_bcdhw[i], config, p) for p, i in zip(positions, items)])
+        x = np.stack(
+            [moved(self.scans.x_bcdhw[i], self.scans.spacing_mm[i], config, p) for p, i in zip(positions, items)]
+        )
         shape = (budget.latent_channels, *(n // budget.factor for n in x.shape[2:]))
         noise = torch.stack([seeding.normal(shape, config.seed, "imaging.posterior", p) for p in positions])
         whole = torch.from_numpy(x)

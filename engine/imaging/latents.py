@@ -1,7 +1,7 @@
 """Latents of the training side: encoded once, cached, standardised per channel.
 
 Mean and deviation of the posterior are stored, never one draw of it: a draw would be an error floor under the denoiser. The
-statistics run over the whole training side. Shifted copies (views) stand beside each volume.
+statistics run over the whole training side. Moved copies (views) stand beside each volume.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import seeding
 from engine.atomic import atomic_path, write_json
 from engine.errors import CorruptRun
 from engine.imaging import streamed
 from engine.imaging.autoencoder import Autoencoder
 from engine.imaging.config import ImagingConfig
-from engine.imaging.dataset import Scans, shifted
+from engine.imaging.dataset import Scans
+from engine.imaging.moves import Move, random_move
 from engine.provenance import sha256
 from engine.training import staging
 from engine.training.distributed import by_main
@@ -99,7 +99,7 @@ def _suffix(grid: int) -> str:
 def encode_scans(
     config: ImagingConfig, autoencoder: Autoencoder, scans_g: Sequence[Scans], device: torch.device
 ) -> dict[str, Tensor]:
-    """View 0 is the volume itself; the others are shifted copies, drawn per (volume, view). The statistics run over all
+    """View 0 is the volume itself; the others are moved copies, drawn per (volume, view). The statistics run over all
     grids, every latent position counting once."""
     autoencoder.eval()
     tensors: dict[str, Tensor] = {}
@@ -107,9 +107,9 @@ def encode_scans(
         means, deviations = [], []
         for view in range(config.flow.views):
             for index in range(len(scans.x_bcdhw)):
-                most = config.flow.shift_voxels if view else 0
-                offset = random_shift(config.seed, index * config.flow.views + view, most, "view")
-                x = torch.from_numpy(np.array(shifted(scans.x_bcdhw[index], offset)))[None].to(device)
+                move = view_move(config, index, view)
+                moved = move.of(scans.x_bcdhw[index], scans.spacing_mm[index], int(config.data.image_channels))
+                x = torch.from_numpy(np.array(moved))[None].to(device)
                 mean, deviation = encode_within(autoencoder, x, config.sampling.memory_gb)
                 means.append(mean.cpu())
                 deviations.append(deviation.cpu())
@@ -139,6 +139,8 @@ def encode_within(autoencoder: Autoencoder, x_bcdhw: Tensor, memory_gb: float) -
     return streamed.encode(autoencoder, x_bcdhw, budget_bytes=int(memory_gb * 1e9))
 
 
-def random_shift(seed: int, index: int, most: int, purpose: str = "shift") -> tuple[int, ...]:
-    """A whole-voxel shift per axis, each uniform on -most .. most."""
-    return tuple(int(o) for o in seeding.generator(seed, f"imaging.{purpose}", index).integers(-most, most + 1, size=3))
+def view_move(config: ImagingConfig, index: int, view: int) -> Move:
+    """How view `view` of volume `index` is moved; view 0 is the volume itself."""
+    flow = config.flow
+    most, turn = (flow.shift_voxels, flow.turn_degrees) if view else (0, 0.0)
+    return random_move(config.seed, index * flow.views + view, most, turn, "view")

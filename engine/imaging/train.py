@@ -36,11 +36,12 @@ from engine.imaging.autoencoder import (
 )
 from engine.imaging.config import ImagingConfig, dump_config, load_config
 from engine.imaging.context import known_covariates
-from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scans, read_table, shifted
+from engine.imaging.dataset import Covariate, Scans, learn_covariates, load_scans, read_table
 from engine.imaging.draws import FlowBatch, FlowData, flow_batch, flow_data
 from engine.imaging.flow import interpolate, velocity_target
-from engine.imaging.latents import cached_latents, random_shift
+from engine.imaging.latents import cached_latents
 from engine.imaging.linear_mean import Centred
+from engine.imaging.moves import random_move
 from engine.imaging.velocity import Velocity, new_denoiser
 from engine.training import checkpoint, distributed, preemption
 from engine.training.ahead import Ahead
@@ -224,7 +225,12 @@ def _train_autoencoder(
     def make(step: int) -> list[tuple[Share, Tensor, Tensor]]:
         made, scans = [], scans_g[grid_of(config, "autoencoder", step)]
         for share in run.shares("autoencoder", step, budget.batch_size, len(scans.x_bcdhw)):
-            x = np.stack([moved(scans.x_bcdhw[i], config, p) for p, i in zip(share.positions, share.indices)])
+            x = np.stack(
+                [
+                    moved(scans.x_bcdhw[i], scans.spacing_mm[i], config, p)
+                    for p, i in zip(share.positions, share.indices)
+                ]
+            )
             shape = (budget.latent_channels, *(n // budget.factor for n in x.shape[2:]))
             noise = [seeding.normal(shape, config.seed, "imaging.posterior", p) for p in share.positions]
             made.append((share, torch.from_numpy(x), torch.stack(noise)))
@@ -365,11 +371,13 @@ def grid_of(config: ImagingConfig, stage: str, step: int) -> int:
     return int(seeding.generator(config.seed, f"imaging.grid.{stage}", step).integers(count)) if count > 1 else 0
 
 
-def moved(x_cdhw: np.ndarray, config: ImagingConfig, position: int) -> np.ndarray:
-    """What the autoencoder sees of a volume: a random crop where the config asks for crops, else a random shift."""
-    crop = config.autoencoder.crop_size
+def moved(x_cdhw: np.ndarray, spacing_mm: np.ndarray, config: ImagingConfig, position: int) -> np.ndarray:
+    """What the autoencoder sees of a volume: a random crop where the config asks for crops, else moved at random."""
+    budget = config.autoencoder
+    crop = budget.crop_size
     if crop is None:
-        return shifted(x_cdhw, random_shift(config.seed, position, config.autoencoder.shift_voxels))
+        move = random_move(config.seed, position, budget.shift_voxels, budget.turn_degrees)
+        return move.of(x_cdhw, spacing_mm, int(config.data.image_channels))
     draw = seeding.generator(config.seed, "imaging.crop", position)
     starts = [int(draw.integers(n - c + 1)) for n, c in zip(x_cdhw.shape[1:], crop)]
     return np.asarray(x_cdhw[(slice(None), *(slice(a, a + c) for a, c in zip(starts, crop)))])

@@ -17,7 +17,7 @@ from engine.imaging.context import joined
 from engine.imaging.dataset import learn_covariates, load_scans, read_table
 from engine.imaging.draws import flow_batch, flow_data
 from engine.imaging.generate import load_model, sample
-from engine.imaging.latents import Latents, random_shift
+from engine.imaging.latents import Latents, view_move
 from engine.imaging.train import train
 from engine.imaging.volume import Volume, read_volume, write_volume
 from engine.training import checkpoint
@@ -182,8 +182,7 @@ def test_training_draws_the_map_of_the_volume_in_its_view_and_drops_it_at_times(
             assert not context.any()
             continue
         given += 1
-        most = [config.flow.shift_voxels if view else 0 for view in range(config.flow.views)]  # as latents are encoded
-        shifts = [random_shift(config.seed, index * len(most) + view, m, "view") for view, m in enumerate(most)]
+        shifts = [view_move(config, index, view).offset for view in range(config.flow.views)]  # as latents are encoded
         maps = [labels.map_context(_moved(scans.codes_bdhw[index], shift), 2, 4, 2) for shift in shifts]
         matches = [view for view, one in enumerate(maps) if torch.equal(context, one)]
         assert matches, position
