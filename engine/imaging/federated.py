@@ -204,28 +204,44 @@ class ScanSite:
         for step in range(round_number * self.local.steps, (round_number + 1) * self.local.steps):
             items = self._items(step, min(budget.batch_size, len(self.rows)))
             positions = [(step << 40) + self.first_draw + item for item in items]
-            loss = self._flow_loss(data, positions, items) if data is not None else self._image_loss(positions, items)
+            if data is None:
+                loss = self._image_loss(positions, items)
+            else:
+                loss = self._velocity_error(data, positions, items).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, self.config.training.gradient_clip)
             optimizer.step()
         return self.get_state()
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss of this stage on the holdout, with the same draws in every round; "n" scans."""
         if self.unseen is None:
             return {"n": 0.0}
-        items = list(range(len(self.holdout)))
-        positions = [(1 << 60) + item for item in items]
-        network = self._network().eval()
+        losses_b = self.losses()
+        return {"n": float(len(losses_b)), "velocity_mse" if self.stage == "flow" else "l1": float(losses_b.mean())}
+
+    @torch.no_grad()
+    def losses(self, draws: int = 1) -> np.ndarray:
+        """Loss of this stage for each scan of the holdout, float64 (b,): l1 of its reconstruction, or the squared error of the
+        velocity, mean over `draws` draws of noise and time. They stay at the site: only `evaluate` answers.
+
+        Raises:
+            UsageError: nobody was kept out here.
+        """
+        if self.unseen is None:
+            raise UsageError("people kept out at this site", "none", "losses")
+        network, items = self._network().eval(), list(range(len(self.holdout)))
         if self.stage == "flow":
-            loss = self._flow_loss(self._flow_data(unseen=True), positions, items)
+            data = self._flow_data(unseen=True)
+            first = [(1 << 60) + draw * len(items) for draw in range(draws)]
+            errors = [self._velocity_error(data, [at + item for item in items], items) for at in first]
         else:
             x = torch.from_numpy(np.array(self.unseen.x_bcdhw))
-            loss = (self.autoencoder.decode(self.autoencoder.encode(x)[0]) - x).abs().mean()
+            errors = [(self.autoencoder.decode(self.autoencoder.encode(x)[0]) - x).abs()]
         network.train()
-        return {"n": float(len(items)), "velocity_mse" if self.stage == "flow" else "l1": float(loss)}
+        made: np.ndarray = torch.stack([e.flatten(1).mean(dim=1) for e in errors]).double().mean(dim=0).numpy()
+        return made
 
     def _network(self) -> nn.Module:
         if self.stage == "autoencoder":
@@ -271,11 +287,10 @@ class ScanSite:
         latents = Latents([tensors["mean"]], [tensors["deviation"]], *self.latent_c, "")
         return flow_data(self.config, rows, [scans], latents, self.known)
 
-    def _flow_loss(self, data: Any, positions: list[int], items: list[int]) -> torch.Tensor:
+    def _velocity_error(self, data: Any, positions: list[int], items: list[int]) -> torch.Tensor:
         x0, noise, t, wanted = flow_batch(self.config, data, 0, positions, items)
         velocity = self._network()(interpolate(x0, noise, t), t, wanted)
-        loss: torch.Tensor = (velocity - velocity_target(x0, noise)).square().mean()
-        return loss
+        return (velocity - velocity_target(x0, noise)).square()
 
 
 # --- from sums to a model that can be sampled -------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from engine.errors import CorruptRun
@@ -27,6 +26,9 @@ class Ema:
     """Average of the parameters of `model`; buffers are not averaged."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        # imports take seconds, which a site that is set up anew for each message would pay each time
+        from diffusers.training_utils import EMAModel
+
         self.names = [name for name, _ in model.named_parameters()]
         self.model = model
         self.average = EMAModel(_own(model.parameters()), decay=decay, use_ema_warmup=False, foreach=True)

@@ -125,9 +125,13 @@ def test_unequal_shards_are_weighted_by_their_scans_and_the_model_can_be_sampled
     }
     made = federate(config, sites, 2)
     assert float(made["data"]["scans"][0]) == len(train)
-    figures = sites["big"].evaluate()
-    assert figures["n"] == len(holdout)
+    figures, losses_b = sites["big"].evaluate(), sites["big"].losses(draws=3)
+    assert figures["n"] == len(holdout) == len(losses_b)
     assert 0 < figures["velocity_mse"] < 10
+    assert figures["velocity_mse"] == pytest.approx(sites["big"].losses().mean())
+    assert not np.allclose(losses_b, sites["big"].losses()), "three draws of noise are not one"
+    with pytest.raises(UsageError, match="kept out"):
+        sites["small"].losses()
     assert sites["small"].evaluate() == {"n": 0.0}
     run = write_run(tmp_path / "run", config, made["data"], made["latents"], made["autoencoder"], made["flow"],
                     {"autoencoder": 2, "flow": 2})  # fmt: skip
