@@ -10,6 +10,11 @@ which is the same family of velocities, begun at a better place: training and sa
 earlier scan of the person is given, m is that scan's latent and what the regression says of the change in covariates, so
 that a follow-up begins as its baseline. A covariate that is not given counts as average.
 
+How fast somebody changes depends on who it is, and only people with two scans can tell. People change along the directions
+in which people differ: what the regression leaves of their changes is projected on its own slopes, and there, where few
+numbers have to be learned, regressed on products, the change of every continuous covariate times one and every covariate of
+the earlier scan. Directions of that regression with no more power than noise are left out.
+
 The regression is learned from all training scans with one weight of the ridge, the one with the least generalised
 cross-validation error (Golub, Heath and Wahba, Technometrics 21:215, 1979) over all places together.
 
@@ -61,6 +66,9 @@ class LinearMean(nn.Module):
         # parameters that nobody trains: they are saved, averaged and sent like all others
         self.centre_k = nn.Parameter(torch.zeros(columns), requires_grad=False)
         self.weight_kcdhw = nn.Parameter(torch.zeros(1 + columns, *shape_cdhw), requires_grad=False)
+        self.rate_jk = None  # what a product adds to the change, in units of the covariates
+        if earlier:
+            self.rate_jk = nn.Parameter(torch.zeros(continuous * (1 + columns), columns), requires_grad=False)
         self.direction_kcdhw = self.deviation_2k = None
         if components:
             self.direction_kcdhw = nn.Parameter(torch.zeros(components, *shape_cdhw), requires_grad=False)
@@ -80,9 +88,7 @@ class LinearMean(nn.Module):
         centre = (row_bk * given_bk).sum(0) / given_bk.sum(0).clamp(min=1)
         design = (row_bk - centre) * given_bk
         rows, latent = len(design), latent_bcdhw.detach().cpu().flatten(1)
-        u, s, vt = torch.linalg.svd(design - design.mean(0), full_matrices=False)
-        kept = s > 1e-9 * max(float(s.max()) if len(s) else 0.0, 1e-300)
-        u, s, vt = u[:, kept], s[kept], vt[kept]
+        u, s, vt = _spanned(design - design.mean(0), 1e-9)
         levels, alongs, whole = [], [], 0.0
         for part in latent.split(_PLACES, dim=1):
             y = part.double()
@@ -103,15 +109,50 @@ class LinearMean(nn.Module):
         with torch.no_grad():
             self.centre_k.copy_(centre.float())
             self.weight_kcdhw.copy_(made)
+        if self.direction_kcdhw is None and self.rate_jk is None:
+            return ridge
+        residual = latent - (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
+        pairs = [(row, own[0]) for row, own in enumerate(others) if own[0] != row]
+        changes = self._set_rates(residual, row_bk, given_bk, pairs) if pairs else None
         if self.direction_kcdhw is not None:
-            said = (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
-            pairs = [(row, own[0]) for row, own in enumerate(others) if own[0] != row]
-            self._set_components(latent - said, pairs)
+            self._set_components(residual, changes)
         return ridge
 
     @torch.no_grad()
-    def _set_components(self, residual_bp: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        """Of residuals, of as many rows as a Gram matrix can have, and of the differences of pairs of rows."""
+    def _set_rates(
+        self, residual_bp: Tensor, row_bk: Tensor, given_bk: Tensor, pairs: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Of the changes of `pairs` beyond the regression; returns what the rates leave of them, (pairs, places)."""
+        assert self.rate_jk is not None
+        now, then = (torch.tensor(side) for side in zip(*pairs))
+        change = residual_bp[now] - residual_bp[then]
+        feature = self._products(row_bk[now], given_bk[now], row_bk[then], given_bk[then])
+        # a pair counts once: in the other order it is all but its negative
+        once = list({frozenset(pair): k for k, pair in enumerate(pairs)}.values())
+        u, s, vt = _spanned(feature[once], 1e-3)  # columns that change together differ by rounding
+        slopes = self.weight_kcdhw[1:].flatten(1)
+        back, size, directions = _spanned(slopes.double(), 1e-2)
+        free = len(once) - len(s)
+        if free < 1 or not len(size):
+            return change
+        y = change[once].double() @ directions.T
+        along = u.T @ y
+        noise = (y.square().sum() - along.square().sum()).clamp(min=0) / free
+        along = along * (along.square().sum(dim=1, keepdim=True) > noise)
+        self.rate_jk.copy_((vt.T @ (along / s[:, None]) / size @ back.T).float())
+        return change - feature.float() @ self.rate_jk @ slopes
+
+    def _products(self, now_bk: Tensor, is_now_bk: Tensor, then_bk: Tensor, was_then_bk: Tensor) -> Tensor:
+        """(b, continuous * (1 + columns)): changes of continuous covariates, and these times what the person was."""
+        k = self.continuous
+        change_bj = (now_bk - then_bk)[:, :k] * (is_now_bk & was_then_bk)[:, :k]
+        who_bk = (then_bk - self.centre_k.to(then_bk)) * was_then_bk
+        who_bk = torch.cat([torch.ones_like(who_bk[:, :1]), who_bk], dim=1)
+        return (change_bj[:, :, None] * who_bk[:, None]).flatten(1)
+
+    @torch.no_grad()
+    def _set_components(self, residual_bp: Tensor, changes_bp: Tensor | None) -> None:
+        """Of residuals, of as many rows as a Gram matrix can have, and of changes within people where there are any."""
         assert self.direction_kcdhw is not None
         assert self.deviation_2k is not None
         places = residual_bp.shape[1]
@@ -127,13 +168,12 @@ class LinearMean(nn.Module):
         of_people = [max(total - float(variance.sum()), 0.0) / max(places - count, 1), *variance.tolist()]
         self.deviation_2k[0, : 1 + count] = torch.tensor(of_people).sqrt()
         self.direction_kcdhw[:count] = directions.view(count, *self.direction_kcdhw.shape[1:])
-        if not pairs:
+        if changes_bp is None:
             return
         power, whole = torch.zeros(count, dtype=torch.float64), 0.0
-        for row, other in pairs:
-            change = residual_bp[row] - residual_bp[other]
-            power += (directions @ change).double().square() / len(pairs)
-            whole += float(change.double().square().sum()) / len(pairs)
+        for change in changes_bp:
+            power += (directions @ change).double().square() / len(changes_bp)
+            whole += float(change.double().square().sum()) / len(changes_bp)
         of_changes = [max(whole - float(power.sum()), 0.0) / max(places - count, 1), *power.tolist()]
         self.deviation_2k[1, : 1 + count] = torch.tensor(of_changes).sqrt()
 
@@ -188,7 +228,10 @@ class LinearMean(nn.Module):
         channels = weight.shape[1]
         before, flag = condition.context_bcdhw[:, -channels - 1 : -1], condition.context_bcdhw[:, -1:]
         then_bk, known_bk = self._columns(condition, 1)
-        change = torch.einsum("bk,kcdhw->bcdhw", (row_bk - then_bk) * (given_bk & known_bk), slopes)
+        steps_bk = (row_bk - then_bk) * (given_bk & known_bk)
+        if self.rate_jk is not None:
+            steps_bk = steps_bk + self._products(row_bk, given_bk, then_bk, known_bk) @ self.rate_jk
+        change = torch.einsum("bk,kcdhw->bcdhw", steps_bk, slopes)
         return torch.where(flag > 0, before + change, own)
 
     def _columns(self, condition: Condition, time: int) -> tuple[Tensor, Tensor]:
@@ -205,6 +248,13 @@ class LinearMean(nn.Module):
             values.append(F.one_hot(level_b.clamp(min=0), levels).to(continuous) * (level_b >= 0)[:, None])
             given.append((level_b >= 0)[:, None].expand(-1, levels))
         return torch.cat(values, dim=1), torch.cat(given, dim=1)
+
+
+def _spanned(matrix: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition without values below `least` times the largest."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    kept = s > least * max(float(s.max()) if len(s) else 0.0, 1e-300)
+    return u[:, kept], s[kept], vt[kept]
 
 
 class Centred(nn.Module):

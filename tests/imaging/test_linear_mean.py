@@ -144,7 +144,7 @@ def test_a_follow_up_begins_as_its_baseline_moved_by_what_changed() -> None:
     )
     said = mean(both, SHAPE[1:])
     alone = LinearMean([3], 2, SHAPE, earlier=False)
-    alone.load_state_dict(mean.state_dict())
+    alone.load_state_dict({name: part for name, part in mean.state_dict().items() if name != "rate_jk"})
     torch.testing.assert_close(said[2], alone(now, SHAPE[1:])[2])
     for row in (0, 3):
         change = alone(now, SHAPE[1:])[row] - alone(then, SHAPE[1:])[row]
@@ -223,6 +223,56 @@ def test_a_follow_up_changes_as_much_as_people_do() -> None:
     assert along.std(dim=0).tolist() == pytest.approx([0.806, 0.1], rel=0.15)  # steps of 0.01 for a deviation of 0.1
     same = replace(asked, continuous_bk=torch.cat([one.continuous_bk, one.continuous_bk], dim=1))
     assert (mean.pull(noise, torch.full((n,), 0.5), same) == 0).all()  # nothing changes
+
+
+@pytest.mark.parametrize("components", [0, 2])
+def test_who_changes_faster_is_learned_from_few_pairs(components: int) -> None:
+    """Level 2 changes three times as fast along what the first covariate does; learned from 60 pairs among 400 scans."""
+    rng = torch.Generator().manual_seed(40)
+    one = conditions(340, 41)
+    pairs = 60
+    years = 0.2 + torch.rand(pairs, generator=rng)
+    later = one.rows(torch.arange(pairs))
+    later = replace(later, continuous_bk=later.continuous_bk + torch.stack([years, torch.zeros(pairs)], dim=1))
+    slope = truth(replace(one.rows(torch.tensor([0])), continuous_bk=torch.tensor([[1.0, 0.0]])))
+    slope = (slope - truth(replace(one.rows(torch.tensor([0])), continuous_bk=torch.zeros(1, 2))))[0]
+
+    def grown(who: Condition, years: torch.Tensor) -> torch.Tensor:
+        return (2.0 * years * (who.categorical_bk[:, 0] == 2)).view(-1, 1, 1, 1, 1) * slope
+
+    own = torch.randn(340, *SHAPE, generator=rng)
+    first = truth(one) + own
+    second = truth(later) + own[:pairs] + grown(later, years) + 0.3 * torch.randn(pairs, *SHAPE, generator=rng)
+    both = Condition(
+        torch.zeros(400, 3),
+        torch.cat([one.continuous_bk, later.continuous_bk]),
+        torch.cat([one.categorical_bk, later.categorical_bk]),
+    )
+    others = [[k + 340] if k < pairs else [k - 340] if k >= 340 else [k] for k in range(400)]
+    mean = LinearMean([3], 2, SHAPE, earlier=True, components=components)
+    mean.set(torch.cat([first, second]), both, others)
+    then = conditions(90, 42)
+    now = replace(then, continuous_bk=then.continuous_bk + torch.tensor([1.0, 0.0]))
+    before = torch.randn(90, *SHAPE, generator=rng)
+    asked = replace(
+        now,
+        continuous_bk=torch.cat([now.continuous_bk, then.continuous_bk], dim=1),
+        categorical_bk=torch.cat([now.categorical_bk, then.categorical_bk], dim=1),
+        context_bcdhw=flagged(before, torch.ones(90, dtype=torch.bool)),
+    )
+    made = (mean(asked, SHAPE[1:]) - before).flatten(1) @ slope.flatten() / slope.square().sum()
+    fast = then.categorical_bk[:, 0] == 2
+    assert made[fast].mean().item() == pytest.approx(3.0, rel=0.15)
+    assert made[~fast].mean().item() == pytest.approx(1.0, rel=0.3)
+    assert mean.rate_jk is not None
+    mean.rate_jk.data.zero_()
+    without = (mean(asked, SHAPE[1:]) - before).flatten(1) @ slope.flatten() / slope.square().sum()
+    assert abs(without[fast].mean() - without[~fast].mean()) < 0.01  # it was the rates
+    still = replace(asked, continuous_bk=torch.cat([then.continuous_bk, then.continuous_bk], dim=1))
+    torch.testing.assert_close(mean(still, SHAPE[1:]), before)  # no time, no change
+    if components:
+        assert mean.deviation_2k is not None
+        assert mean.deviation_2k[1, 0].item() == pytest.approx(0.3, rel=0.2)
 
 
 def test_fewer_components_where_there_are_few_scans_and_any_size() -> None:
