@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.errors import Unsupported, UsageError
+from engine.errors import UsageError
 from engine.kernels.haplotype_hmm import checks
 
 
@@ -45,16 +45,17 @@ class Bank(NamedTuple):
 
 class BankState(NamedTuple):
     """Where N targets stand: state_nck (N, C, 64 ceil(K/64)) of the dtype of the states, p of the last site predicted, not
-    scaled; sums_nct float64 (N, C, 2), its sums over haplotypes with allele 0 and 1 there. Changed in place."""
+    scaled; sums_nct float64 (N, C, 2), its sums over haplotypes with allele 0 and 1 there. NumPy, or tensors where the
+    targets are one. Changed in place."""
 
-    state_nck: np.ndarray
-    sums_nct: np.ndarray
+    state_nck: Any
+    sums_nct: Any
 
 
 def checked_bank(bank: Bank, sites: int) -> Bank:
     """Contiguous arrays of the stated dtypes; UsageError where they do not fit."""
-    switch_cl, mismatch_cl = (np.ascontiguousarray(values, np.float64) for values in bank[:2])
-    parent_c, floor_c = np.ascontiguousarray(bank.parent_c, np.int64), np.ascontiguousarray(bank.floor_c, np.float64)
+    switch_cl, mismatch_cl = (checks.small(values, np.float64) for values in bank[:2])
+    parent_c, floor_c = checks.small(bank.parent_c, np.int64), checks.small(bank.floor_c, np.float64)
     chains = len(parent_c)
     if not chains or switch_cl.shape != (chains, sites) or mismatch_cl.shape != (chains, sites):
         raise UsageError(
@@ -71,10 +72,15 @@ def checked_bank(bank: Bank, sites: int) -> Bank:
     return Bank(switch_cl, mismatch_cl, parent_c, floor_c)
 
 
-def bank_start(targets: int, chains: int, k: int, *, dtype: Any = np.float32) -> BankState:
-    """The state of `targets` targets before their first site."""
+def bank_start(targets: int, chains: int, k: int, *, dtype: Any = np.float32, device: Any = None) -> BankState:
+    """The state of `targets` targets before their first site; tensors on `device`, NumPy where that is None."""
     words = (k + 63) // 64
-    return BankState(np.zeros((targets, chains, 64 * words), dtype), np.ones((targets, chains, 2)))
+    state = BankState(np.zeros((targets, chains, 64 * words), dtype), np.ones((targets, chains, 2)))
+    if device is None:
+        return state
+    import torch
+
+    return BankState(*(torch.from_numpy(values).to(device) for values in state))
 
 
 def bank_predict(
@@ -89,7 +95,7 @@ def bank_predict(
     stop_site: int | None = None,
     dtype: Any = np.float32,
     implementation: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, Any]:
     """What each chain foretells at sites first_site .. stop_site-1; O(N C K) per site.
 
     Alleles at sites before stop_site - 1 are read, so that a sequence can be drawn: predict one site with the `state` of the
@@ -102,7 +108,7 @@ def bank_predict(
     Returns:
         logit_nlc: float32 (N, sites, C), log of P(allele 1 | alleles before) / P(allele 0 | alleles before).
         donors_nlc: float32 (N, sites, C), effective number of haplotypes that the chain may be copying there, the
-            allele unseen: 1 / sum_k p(k)^2, from 1 to K.
+            allele unseen: 1 / sum_k p(k)^2, from 1 to K. Both are tensors where the targets are one.
 
     Raises:
         UsageError: shapes, ranges or dtypes that do not fit, no haplotype left to copy, or first_site without `state`.
@@ -113,14 +119,22 @@ def bank_predict(
     stop_site = sites if stop_site is None else stop_site
     if not 0 <= first_site <= stop_site <= sites:
         raise UsageError(f"0 <= first_site <= stop_site <= {sites}", f"{first_site} and {stop_site}", "bank_predict")
+    chains, on_device = len(bank.parent_c), checks.is_tensor(target_nl)
     if state is None:
         if first_site > 0:
             raise UsageError("the state before first_site", "none", "bank_predict", "starting at site 0")
-        state = bank_start(n, len(bank.parent_c), k, dtype=dtype)
-    words = (k + 63) // 64
-    if state.state_nck.shape != (n, len(bank.parent_c), 64 * words) or state.state_nck.dtype != options["dtype"]:
-        raise UsageError(f"a state of {n} targets", str(state.state_nck.shape), "bank_predict")
-    result: tuple[np.ndarray, np.ndarray] = chosen.bank_predict(
+        state = bank_start(n, chains, k, dtype=dtype, device=target_nl.device if on_device else None)
+    shape = (n, chains, 64 * ((k + 63) // 64))
+    name = str(state.state_nck.dtype).removeprefix("torch.")
+    if tuple(state.state_nck.shape) != shape or name != options["dtype"].name:
+        raise UsageError(
+            f"a state of {options['dtype']} {shape}", f"{name} {tuple(state.state_nck.shape)}", "bank_predict"
+        )
+    if any(checks.is_tensor(values) != on_device for values in state) or (
+        on_device and any(values.device != target_nl.device or not values.is_contiguous() for values in state)
+    ):
+        raise UsageError("a contiguous state where the targets are", "another", "bank_predict", "bank_start(device=)")
+    result: tuple[Any, Any] = chosen.bank_predict(
         *arrays, bank, exclude_ne=options["exclude_ne"], state=state, first_site=first_site, stop_site=stop_site
     )
     return result
@@ -136,7 +150,7 @@ def bank_counts(
     exclude_ne: Any = None,
     dtype: Any = np.float32,
     implementation: str | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Any, Any, Any]:
     """Expected switches and mismatches of each chain at each site, given all alleles of the target: what expectation
     maximisation of a chain's rates needs, its parent's held fixed. O(N C K L), about three times `bank_predict`.
 
@@ -146,16 +160,16 @@ def bank_counts(
     Returns:
         switch_ncl, mismatch_ncl: float32 (N, C, L), posterior probability of a draw (of the same haplotype, too) between
             l-1 and l, 1 at site 0, and that the allele differs from the copied one, 0 where it is missing.
-        nats_nc: float64 (N, C), log-likelihood.
+        nats_nc: float64 (N, C), log-likelihood. Tensors where the targets are one.
 
     Raises:
         UsageError, Unsupported: as for `bank_predict`.
     """
     chosen, arrays, options, bank = _checked_call(reference_lw, k, target_nl, bank, exclude_ne, dtype, implementation)
-    wanted_c = np.ones(len(bank.parent_c), bool) if wanted_c is None else np.asarray(wanted_c, bool)
+    wanted_c = np.ones(len(bank.parent_c), bool) if wanted_c is None else checks.small(wanted_c, bool)
     if wanted_c.shape != bank.parent_c.shape:
         raise UsageError(f"{len(bank.parent_c)} booleans", str(wanted_c.shape), "bank_counts wanted_c")
-    result: tuple[np.ndarray, np.ndarray, np.ndarray] = chosen.bank_counts(
+    result: tuple[Any, Any, Any] = chosen.bank_counts(
         *arrays, bank, exclude_ne=options["exclude_ne"], wanted_c=wanted_c, dtype=options["dtype"]
     )
     return result
@@ -165,11 +179,9 @@ def _checked_call(
     reference_lw: Any, k: int, target_nl: Any, bank: Bank, exclude_ne: Any, dtype: Any, implementation: str | None
 ) -> tuple[Any, tuple[Any, int, Any], dict[str, Any], Bank]:
     """The implementation; reference, k and targets; options; the bank."""
-    if checks.is_tensor(reference_lw) or checks.is_tensor(target_nl) or implementation == "triton":
-        raise Unsupported("NumPy arrays on the CPU", "tensors or 'triton'", "haplotype_hmm bank", "implementation=None")
+    chosen = checks.module(implementation, reference_lw, target_nl)
     sites = len(reference_lw)
     arrays, options = checks.checked(
         reference_lw, k, target_nl, np.zeros(sites), np.full(sites, 0.5), None, exclude_ne, None, dtype
     )
-    chosen = checks.module(implementation, reference_lw, target_nl)
     return chosen, arrays[:3], options, checked_bank(bank, sites)

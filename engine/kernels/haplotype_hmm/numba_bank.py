@@ -76,7 +76,7 @@ def advance_plain(state, base, bits, behind, ahead, by_0, by_1, enter_base):
 
 @njit(cache=True, nogil=True)
 def set_base(base, k, exclude_e):
-    """The uniform prior over the haplotypes that are not excluded."""
+    """The uniform prior over the haplotypes that are not excluded; returns how many there are."""
     base[:k] = 1
     left = k
     for excluded in exclude_e:
@@ -84,6 +84,7 @@ def set_base(base, k, exclude_e):
             base[excluded] = 0
             left -= 1
     base *= base.dtype.type(1.0 / left)
+    return left
 
 
 @njit(cache=True, nogil=True)
@@ -130,9 +131,10 @@ def walk(
 
 @njit(cache=True, nogil=True)
 def retreat(back, p, parent, base, bits, at, scale, each, seen_0, seen_1):
-    """back = (back * scale + each) * (seen_1 where the bit is set, else seen_0), in place: b of a site to e b.
+    """back = (back * scale + base * each) * (seen_1 where the bit is set, else seen_0), in place: b of a site to e b.
 
-    Returns, in float64, its sums against p where the bit is set and where it is not, against the parent and against the base.
+    What is not in the base stays 0: an excluded haplotype that alone agrees would grow without bounds. Returns, in float64,
+    its sums against p where the bit is set and where it is not, against the parent and against the base.
     """
     lanes = BYTES // back.itemsize
     scale_v, each_v, seen_0_v, seen_1_v = (
@@ -145,12 +147,13 @@ def retreat(back, p, parent, base, bits, at, scale, each, seen_0, seen_1):
     alt, ref, by_parent, by_base = zero, zero, zero, zero
     for i in range(len(back) // lanes):
         word = item(bits, at + ((i * lanes) >> 6)) >> np.uint64((i * lanes) & 63)
-        value = mul(muladd(load(back, i), scale_v, each_v), choose(word, seen_1_v, seen_0_v))
+        prior = load(base, i)
+        value = mul(muladd(prior, each_v, mul(load(back, i), scale_v)), choose(word, seen_1_v, seen_0_v))
         store(back, i, value)
         weight = load(p, i)
         alt, ref = choose(word, muladd(weight, value, alt), alt), choose(word, ref, muladd(weight, value, ref))
         by_parent = muladd(load(parent, i), value, by_parent)
-        by_base = muladd(load(base, i), value, by_base)
+        by_base = muladd(prior, value, by_base)
     return total(alt), total(ref), total(by_parent), total(by_base)
 
 
@@ -179,7 +182,7 @@ def counts(
     base = zeros(like, width // (BYTES // like.itemsize))
     for n in range(begin, end):
         one_target[0], one_exclusion[0] = target_nl[n], exclude_ne[n]
-        set_base(base, k, exclude_ne[n])
+        left = set_base(base, k, exclude_ne[n])
         state[:] = 0
         sums = np.ones((1, chains, 2))
         for site in range(sites):
@@ -213,7 +216,7 @@ def counts(
                     if parent_c[c] >= 0:
                         parent, floor = walked_pc[site - first, parent_c[c]], floor_c[c]
                     alt, ref, by_parent, by_base = retreat(
-                        back_c[c], p, parent, base, bits, site * words, number(scale_c[c]), number(each_c[c]),
+                        back_c[c], p, parent, base, bits, site * words, number(scale_c[c]), number(each_c[c] * left),
                         number(seen_0), number(seen_1),
                     )  # fmt: skip
                     entered = floor * by_base

@@ -226,7 +226,7 @@ def bank_counts(
             switch_l[0] = 1
             emission_lk = np.where(alleles_lk == target_l[:, None], 1 - wrong_l, wrong_l)
             emission_lk[target_l == 255] = 1
-            after_lk, b_lk = np.zeros((sites, k)), np.ones((sites, k))
+            after_lk, b_lk = np.zeros((sites, k)), np.tile(1.0 * (uniform_k > 0), (sites, 1))
             for site in range(sites):
                 ahead_clk[c, site] = switch_l[site] * draw_lk[site]
                 if site > 0:
@@ -241,7 +241,7 @@ def bank_counts(
                 if target_l[site] != 255:
                     mismatch_ncl[i, c, site] = weight_k[alleles_lk[site] != target_l[site]].sum() / weight_k.sum()
                 if site > 0:
-                    b_lk[site - 1] = ((1 - switch_l[site]) * seen_k + entered) / weight_k.sum()
+                    b_lk[site - 1] *= ((1 - switch_l[site]) * seen_k + entered) / weight_k.sum()
         nats_nc[i, ~wanted_c], switch_ncl[i, ~wanted_c], mismatch_ncl[i, ~wanted_c] = 0, 0, 0
     return switch_ncl, mismatch_ncl, nats_nc
 

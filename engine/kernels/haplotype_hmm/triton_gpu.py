@@ -1,4 +1,4 @@
-"""The copying model on the GPU; the kernels are in `triton_kernels`.
+"""The copying model on the GPU; the kernels are in `triton_kernels`, those of a bank of chains in `triton_bank`.
 
 The likelihood of a plain chain over up to LAUNCH["forward"]["most_states"] haplotypes keeps its states in registers. All
 else goes through global memory by stretches of sqrt(L) sites: states are kept before each stretch, then each stretch is walked
@@ -15,16 +15,18 @@ import torch
 import triton
 
 from engine.kernels import tuned
+from engine.kernels.haplotype_hmm import triton_bank
 from engine.kernels.haplotype_hmm import triton_kernels as kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# how kernels are launched; a card's tuning file may replace entries of "forward"
+# how kernels are launched; a card's tuning file may replace entries of "forward" and "bank"
 LAUNCH: dict[str, dict[str, int]] = {
     "forward": {"targets": 2, "warps": 8, "most_states": 16384},
     "walk": {"tile": 1024, "warps": 4},
     "smooth": {"tile": 1024, "warps": 4},
     "draw": {"tile": 1024, "warps": 4},
+    "bank": {"tile": 1024, "warps": 8},
     "materialise": {"sites": 64, "warps": 1},
 }
 BUDGET = 2**30  # bytes of states held at a time
@@ -35,7 +37,7 @@ class Problem:
 
     Attributes:
         bits: int32 (L, half_words). target: uint8 (N, L). switch, redraw, mismatch: float64 (L,). prior: (1 or N, A, padded)
-        of the state's dtype; prior_a: float64 (A,).
+        of the state's dtype; prior_a: float64 (A,). For a bank, switch and mismatch are (C, L).
     """
 
     def __init__(
@@ -114,6 +116,11 @@ class Walk:
         return torch.log(self.mantissa) + self.exponent.to(torch.float64) * np.log(2.0)
 
 
+def _launch(name: str, device: torch.device) -> dict[str, int]:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return tuned.launch(f"haplotype_hmm.{name}", LAUNCH[name], card)
+
+
 def _stretches(sites: int) -> list[tuple[int, int]]:
     stride = max(1, int(np.ceil(np.sqrt(sites))))
     return [(first, min(first + stride, sites)) for first in range(0, sites, stride)]
@@ -147,8 +154,7 @@ def log_likelihood(
     result = problem.zeros(problem.n, dtype=torch.float64)
     if problem.n == 0 or problem.sites == 0:
         return result
-    card = torch.cuda.get_device_name(problem.device) if problem.device.type == "cuda" else ""
-    launch = tuned.launch("haplotype_hmm.forward", LAUNCH["forward"], card)
+    launch = _launch("forward", problem.device)
     if ancestry is None and k * problem.prior.element_size() <= 4 * launch["most_states"]:
         words, more_words = _register_words(k)
         kernels.forward_kernel[(triton.cdiv(problem.n, launch["targets"]),)](
@@ -393,6 +399,149 @@ def posterior_paths(
         drawn[impossible] = -1
         path[batch] = drawn
     return path
+
+
+class Families:
+    """The chains of a bank on the device.
+
+    Attributes:
+        member: int32 (C,), the chains, those that descend from one another side by side, parents first.
+        begin: int32 (families + 1,), where each family begins in `member`; most: chains of the largest one.
+        parent: int32 (C,). floor: float64 (C,), 1 where there is no parent.
+        base: (1 or N, width) of the dtype of the states, the uniform prior over the states that are not excluded.
+    """
+
+    def __init__(self, problem: Problem, bank: Any) -> None:
+        root_c = np.arange(len(bank.parent_c))
+        for c, parent in enumerate(bank.parent_c):
+            root_c[c] = c if parent < 0 else root_c[parent]
+        member_c = np.argsort(root_c, kind="stable")
+        begin = np.append(np.flatnonzero(np.diff(root_c[member_c], prepend=-1)), len(root_c))
+        self.count, self.most = len(begin) - 1, int(np.diff(begin).max())
+        put = lambda array: torch.as_tensor(array.astype(np.int32), device=problem.device)  # noqa: E731
+        self.member, self.begin, self.parent = put(member_c), put(begin), put(bank.parent_c)
+        self.floor = torch.as_tensor(np.where(bank.parent_c < 0, 1.0, bank.floor_c), device=problem.device)
+        self.problem, self.chains, self.width = problem, len(root_c), 32 * problem.half_words
+        prior = problem.prior[:, 0, : problem.k]
+        self.base = torch.nn.functional.pad(prior, (0, self.width - problem.k)).contiguous()
+        self.launch = _launch("bank", problem.device)
+
+    def options(self, batch: slice) -> tuple[torch.Tensor, torch.Tensor, int, dict[str, Any]]:
+        """Targets and base of a batch, the stride of the base, and what kernels are compiled and launched by."""
+        base = self.base if len(self.base) == 1 else self.base[batch]
+        fixed = {"WORDS": self.launch["tile"] // 32, "UNIFORM": self.problem.uniform, "num_warps": self.launch["warps"]}
+        return self.problem.target[batch], base, 0 if len(base) == 1 else self.width, fixed
+
+    def walk(
+        self, batch: slice, state: torch.Tensor, sums: torch.Tensor, first: int, stop: int,
+        predicted: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """state (n, rows, C, width) and sums (n, rows, C, 2), row 0 before `first`: in place if that is all, else each site
+        into the next row. Predictions (n, stop - first, C) where they are wanted."""
+        problem, (target, base, base_stride, fixed) = self.problem, self.options(batch)
+        rows = state.shape[1] > 1
+        logit, donors = (sums, sums) if predicted is None else predicted
+        triton_bank.bank_walk_kernel[(len(target), self.count)](
+            problem.bits, target, problem.switch, problem.mismatch, self.parent, self.floor, self.member, self.begin, base,
+            state, sums, logit, donors,
+            first, stop, problem.sites, problem.half_words, problem.k, self.chains, base_stride, state.stride(0),
+            state.stride(1) if rows else 0, sums.stride(0), sums.stride(1) if rows else 0,
+            MEMBERS=triton.next_power_of_2(self.most), PREDICT=predicted is not None, **fixed,
+        )  # fmt: skip
+
+    def retreat(
+        self, batch: slice, state: torch.Tensor, sums: torch.Tensor, back: torch.Tensor, carry: torch.Tensor,
+        wanted: torch.Tensor, switched: torch.Tensor, differs: torch.Tensor, first: int, stop: int,
+    ) -> None:  # fmt: skip
+        """Backward through one stretch; state and sums hold a row for each of its sites."""
+        problem, (target, base, base_stride, fixed) = self.problem, self.options(batch)
+        triton_bank.bank_retreat_kernel[(len(target), len(wanted))](
+            problem.bits, target, problem.switch, problem.mismatch, self.parent, self.floor, wanted, base, state, sums, back,
+            carry, switched, differs,
+            first, stop, problem.sites, problem.half_words, problem.k, self.chains, len(wanted), base_stride,
+            state.stride(0), state.stride(1), sums.stride(0),
+            **fixed,
+        )  # fmt: skip
+
+
+def bank_predict(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    state: Any,
+    first_site: int,
+    stop_site: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the door's `bank_predict`; only the sites from the one behind `first_site` on go to the device."""
+    low = max(0, first_site - 1)
+    switch_cl, mismatch_cl = (np.ascontiguousarray(rates[:, low:stop_site]) for rates in bank[:2])
+    problem = Problem(
+        reference_lw[low:stop_site], k, target_nl[:, low:stop_site].contiguous(), switch_cl, mismatch_cl, None,
+        exclude_ne, None, np.dtype(str(state.state_nck.dtype)[6:]),
+    )  # fmt: skip
+    shape = (problem.n, stop_site - first_site, len(bank.parent_c))
+    logit, donors = problem.zeros(*shape, dtype=torch.float32), problem.zeros(*shape, dtype=torch.float32)
+    if logit.numel():
+        Families(problem, bank).walk(
+            slice(0, problem.n), state.state_nck[:, None], state.sums_nct[:, None], first_site - low, stop_site - low,
+            (logit, donors),
+        )  # fmt: skip
+    return logit, donors
+
+
+def bank_counts(
+    reference_lw: torch.Tensor,
+    k: int,
+    target_nl: torch.Tensor,
+    bank: Any,
+    *,
+    exclude_ne: np.ndarray | None,
+    wanted_c: np.ndarray,
+    dtype: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the door's `bank_counts`, by stretches."""
+    problem = Problem(reference_lw, k, target_nl, bank.switch_cl, bank.mismatch_cl, None, exclude_ne, None, dtype)
+    chains, sites = bank.switch_cl.shape
+    switched, differs = (problem.zeros(problem.n, chains, sites, dtype=torch.float32) for _ in range(2))
+    nats = problem.zeros(problem.n, chains, dtype=torch.float64)
+    wanted = torch.as_tensor(np.flatnonzero(wanted_c).astype(np.int32), device=problem.device)
+    if not switched.numel() or not len(wanted):
+        return switched, differs, nats
+    families, stretches = Families(problem, bank), _stretches(sites)
+    for batch in problem.batches(chains * (2 * len(stretches) + 3)):
+        n = batch.stop - batch.start
+        state, sums = (
+            problem.zeros(n, 1, chains, families.width),
+            problem.zeros(n, 1, chains, 2, dtype=torch.float64) + 1,
+        )
+        kept = []
+        for first, stop in stretches:
+            kept.append((state[:, 0].clone(), sums[:, 0].clone()))
+            families.walk(batch, state, sums, first, stop)
+        rows = problem.zeros(n, stretches[0][1] + 1, chains, families.width)
+        sums_rows = problem.zeros(n, rows.shape[1], chains, 2, dtype=torch.float64)
+        back = problem.zeros(n, len(wanted), families.width)
+        carry = problem.zeros(n, len(wanted), 2, dtype=torch.float64)
+        carry[..., 1] = 1
+        for (first, stop), (state, sums) in reversed(list(zip(stretches, kept))):
+            rows[:, 0], sums_rows[:, 0] = state, sums
+            families.walk(batch, rows, sums_rows, first, stop)
+            held = rows[:, 1:], sums_rows[:, 1:]
+            families.retreat(batch, *held, back, carry, wanted, switched[batch], differs[batch], first, stop)
+            nats[batch] += _nats(problem, batch, held[1][:, : stop - first], first, stop)
+    nats[:, torch.as_tensor(~wanted_c, device=problem.device)] = 0
+    return switched, differs, nats
+
+
+def _nats(problem: Problem, batch: slice, sums: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """float64 (n, C), log-probability of the alleles of a stretch; sums (n, sites, C, 2), the alleles unseen."""
+    target = problem.target[batch, first:stop, None]
+    wrong, (ref, alt) = problem.mismatch[:, first:stop].T, sums.unbind(-1)
+    right, other = torch.where(target == 1, alt, ref), torch.where(target == 1, ref, alt)
+    return torch.where(target == 255, 0.0, torch.log((right * (1 - wrong) + other * wrong) / (ref + alt))).sum(1)
 
 
 def materialise(
