@@ -11,20 +11,18 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "federated"))
 
-from federation import BIN, Federation, copy_of_app, federation
+from loopback import BIN, Federation, copy_of_app, federation
 
-from engine.errors import GateRefused
 from engine.genomics.baselines import fit_markov
-from engine.genomics.federated import LEAST_COUNT, PanelSite, chain_of
+from engine.genomics.federated import LEAST_COUNT, PanelSite
 from engine.genomics.panel import HaplotypePanel, panel_from_alleles, read_panel, write_panel
 from engine.imaging.config import dump_config, parse_config
 from engine.imaging.federated import Local, ScanSite, covariates_of, first_state, latent_statistics_of
@@ -36,7 +34,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 SITES = 150
-LIMIT = 900.0  # seconds; seconds are enough on an idle machine
+LIMIT = (
+    3600.0  # seconds; only so that a run that hangs ends: some minutes are enough, more for a site that is waited for
+)
 FAULTS = """
 
 # --- only in this copy, made by a test -------------------------------------------------------------------------------
@@ -47,10 +47,10 @@ import numpy as np
 _honest = answer
 
 
-def answer(message, tensors, figures=None):
+def answer(message, context, tensors, figures=None):
     what, asked = os.environ.get("FAULT", ""), message.content.config_records["asked"]
     if not what or tensors is None or asked["stage"] in ("data", "latents"):
-        return _honest(message, tensors, figures)
+        return _honest(message, context, tensors, figures)
     if what == "killed":
         os._exit(9)
     name = next(name for name, array in tensors.items() if array.ndim > 1)
@@ -58,7 +58,7 @@ def answer(message, tensors, figures=None):
         tensors = {**tensors, name: np.full_like(tensors[name], np.nan)}
     elif what == "shape":
         tensors = {**tensors, name: tensors[name][..., :1].copy()}
-    return _honest(message, tensors, figures)
+    return _honest(message, context, tensors, figures)
 """
 
 
@@ -110,7 +110,8 @@ def test_counts_of_two_institutions_over_tls(tmp_path: Path, running: Federation
             files[name, part] = tmp_path / f"{name}-{part}.bcf"
             write_panel(panel(people, seed + more), files[name, part])
     for name in ("north", "south"):
-        running.node(name, {part: str(files[name, part]) for part in ("panel", "unseen")})
+        own = {part: str(files[name, part]) for part in ("panel", "unseen")}
+        running.node(name, {**own, "sent": str(tmp_path / f"sent-{name}.jsonl")})
     lines = running.run(
         copy_of_app(tmp_path / "app"), tmp_path / "out", {"variants": str(files["public", "panel"])}, LIMIT
     )
@@ -135,6 +136,15 @@ def test_counts_of_two_institutions_over_tls(tmp_path: Path, running: Federation
     assert LEAST_COUNT > 1
     assert not np.allclose(sites[0].chain().p_glv, exact.p_glv), "the common model is not one site's own"
 
+    # each site's own list of what left: the declared sums and two figures
+    declared = {name: list(shape) for name, shape in sites[0].stats_declared().items()}
+    for name in ("north", "south"):
+        first, second = [json.loads(line) for line in (tmp_path / f"sent-{name}.jsonl").read_text().splitlines()]
+        assert {key: array["shape"] for key, array in first["arrays"].items()} == declared
+        assert sum(array["bytes"] for array in first["arrays"].values()) == sum(a.nbytes for a in by_hand.values())
+        assert (second["arrays"], second["figures"].keys()) == ({}, {"n", "mean_nats"})
+        assert first["figures"] == {}
+
     # nothing but numbers came to the server, and what passed through in the open is TLS
     for path in [*(tmp_path / "out").rglob("*"), tmp_path / "run" / "superlink.log"]:
         assert path.is_dir() or b"CANARY" not in path.read_bytes(), path.name
@@ -148,33 +158,6 @@ def test_counts_of_two_institutions_over_tls(tmp_path: Path, running: Federation
         trusting.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
     ):
         assert secured.version() in ("TLSv1.2", "TLSv1.3")
-
-
-@pytest.mark.slow  # two audits
-def test_the_common_model_is_audited_against_each_sites_own_people(tmp_path: Path) -> None:
-    """Who holds a site's people judges what the common model makes; here a chain of counts of two sites."""
-    from engine.release.audit_run import audit_files
-
-    sites = {
-        name: PanelSite(panel(60, seed), panel(60, seed + 10)) for seed, name in enumerate(("north", "south"), start=1)
-    }
-    declared = sites["north"].stats_declared()
-    summed = total({name: site.local_stats() for name, site in sites.items()}, declared).tensors
-    synthetic, policy = tmp_path / "synthetic.bcf", tmp_path / "policy.yaml"
-    write_panel(chain_of(summed, sites["north"].train, ["all"]).sample(60, seed=1), synthetic)
-    policy.write_text("honest_repeats: 1\ncontamination_repeats: 1\nsubsets: 1\naats_rows: 50\nmembership_people: 50\n")
-    for name, site in sites.items():
-        assert site.holdout is not None
-        write_panel(site.train, tmp_path / f"{name}-train.bcf")
-        write_panel(site.holdout, tmp_path / f"{name}-unseen.bcf")
-        train, unseen, out = tmp_path / f"{name}-train.bcf", tmp_path / f"{name}-unseen.bcf", tmp_path / f"audit-{name}"
-        with suppress(
-            GateRefused
-        ):  # which verdict is the audit's affair; that there is one for each site is asked here
-            audit_files(train, unseen, synthetic, out, policy=policy)
-        made = json.loads((out / "audit.json").read_text())
-        assert made["verdict"] in ("pass", "fail", "void")
-        assert made["findings"]
 
 
 def by_hand(sites: dict[str, ScanSite], rounds: int, broken: dict[str, str] | None = None):

@@ -5,11 +5,13 @@ files are named when its SuperNode is started and never leave:
 
     flower-supernode ... --node-config 'name="north" scans="volumes.csv" cache="fitted" panel="train.bcf" unseen="holdout.bcf"'
 
-`samples` names groups of people, and `config` a config that the server's must equal.
+`samples` names groups of people, `config` a config that the server's must equal, and `sent` a file that gets one line for each
+reply: the names, shapes and bytes of the arrays and the figures that left.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -62,8 +64,16 @@ def site_of(message: Message, context: Context) -> Site:
     return site
 
 
-def answer(message: Message, tensors: Tensors | None, figures: dict[str, float] | None = None) -> Message:
+def answer(
+    message: Message, context: Context, tensors: Tensors | None, figures: dict[str, float] | None = None
+) -> Message:
     """The reply: nothing but these arrays and figures."""
+    if context.node_config.get("sent"):
+        asked = message.content.config_records["asked"]
+        arrays_sent = {name: {"shape": array.shape, "bytes": array.nbytes} for name, array in (tensors or {}).items()}
+        line = {"stage": asked["stage"], "round": asked["round"], "arrays": arrays_sent, "figures": figures or {}}
+        with Path(str(context.node_config["sent"])).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
     content = RecordDict({"figures": MetricRecord(figures or {})})
     if tensors is not None:
         content["arrays"] = arrays(tensors)
@@ -74,7 +84,7 @@ def answer(message: Message, tensors: Tensors | None, figures: dict[str, float] 
 def statistics(message: Message, context: Context) -> Message:
     """Sums over the training side."""
     site = site_of(message, context)
-    return answer(message, outgoing(site.local_stats(), site.stats_declared()))
+    return answer(message, context, outgoing(site.local_stats(), site.stats_declared()))
 
 
 @app.train()
@@ -82,10 +92,10 @@ def fit(message: Message, context: Context) -> Message:
     """The state after this round's local steps."""
     site = site_of(message, context)
     state = site.fit(int(message.content.config_records["asked"]["round"]))
-    return answer(message, outgoing(state, site.state_declared()))
+    return answer(message, context, outgoing(state, site.state_declared()))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Figures on people the model did not learn from."""
-    return answer(message, None, site_of(message, context).evaluate())
+    return answer(message, context, None, site_of(message, context).evaluate())

@@ -1,4 +1,6 @@
-"""A real federation on loopback: SuperLink, SuperNodes and apps as processes, TLS on with certificates of this test."""
+"""A real federation on one machine: SuperLink, SuperNodes and apps as processes on loopback, over TLS with certificates made
+here. For trying out and for tests: between institutions each starts its own (docs/federated.md).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(os.environ.get("ENGINE_FLOWER", ROOT / ".venv-federated")) / "bin"
-APP = ROOT / "examples" / "federated"
+APP = Path(__file__).resolve().parent
+BIN = Path(os.environ.get("ENGINE_FLOWER", APP.parents[1] / ".venv-federated")) / "bin"
 
 
 def certificates(folder: Path) -> Path:
@@ -29,7 +30,7 @@ def certificates(folder: Path) -> Path:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     now, keys = datetime.datetime.now(datetime.UTC), [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
-    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in ("test CA", "localhost")]
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in ("loopback CA", "localhost")]
 
     def signed(subject: int, *extensions: tuple[x509.ExtensionType, bool]) -> x509.Certificate:
         builder = x509.CertificateBuilder().subject_name(names[subject]).issuer_name(names[0])
@@ -67,7 +68,7 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """A killed test leaves no SuperLink behind (prctl PR_SET_PDEATHSIG)."""
+    """Whoever started it and is killed leaves no SuperLink behind (prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -104,24 +105,29 @@ class Federation:
         self.processes[name].wait()
 
     def run(self, app: Path, out: Path, settings: dict[str, object], seconds: float) -> list[dict[str, object]]:
-        """Submit a run and wait for its last line; the lines of rounds.jsonl."""
+        """Submit a run and wait for its last line; the lines of rounds.jsonl.
+
+        Raises:
+            RuntimeError: refused, failed, or no end within `seconds`; with the end of every log.
+        """
         said = " ".join(f"{k}={json.dumps(v)}" for k, v in {**settings, "out": str(out)}.items())
         command = [str(BIN / "flwr"), "run", str(app), "test", "--run-config", said]
         done = subprocess.run(
             command, capture_output=True, text=True, env=self.environment, cwd=self.folder, timeout=seconds
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             path = out / "rounds.jsonl"
             lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
             if lines and "done" in lines[-1]:
                 return lines
-            assert self.processes["superlink"].poll() is None, self.logs()
-            if "Traceback" in (self.folder / "superlink.log").read_text(errors="replace"):
-                raise AssertionError(self.logs())
+            said = (self.folder / "superlink.log").read_text(errors="replace")
+            if self.processes["superlink"].poll() is not None or "Traceback" in said:
+                raise RuntimeError(self.logs())
             time.sleep(0.5)
-        raise AssertionError(f"no end within {seconds} s\n{self.logs()}")
+        raise RuntimeError(f"no end within {seconds} s\n{self.logs()}")
 
     def logs(self) -> str:
         """The end of every process' log."""
@@ -158,7 +164,8 @@ def federation(folder: Path) -> Iterator[Federation]:
             with socket.socket() as one:
                 if one.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert made.processes["superlink"].poll() is None, made.logs()
+            if made.processes["superlink"].poll() is not None:
+                raise RuntimeError(made.logs())
             time.sleep(0.3)
         yield made
     finally:
@@ -169,6 +176,8 @@ def federation(folder: Path) -> Iterator[Federation]:
 
 
 def copy_of_app(folder: Path) -> Path:
-    """The example as it is shipped."""
-    shutil.copytree(APP, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    """The app as it is shipped, to be changed or submitted from there."""
+    folder.mkdir()
+    shutil.copy(APP / "pyproject.toml", folder)
+    shutil.copytree(APP / "engine_flower", folder / "engine_flower", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
