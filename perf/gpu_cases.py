@@ -242,6 +242,36 @@ def check_hmm(rng: np.random.Generator, device: str, tiny: bool) -> Triples:
     return found
 
 
+def _bank(rng: np.random.Generator, chains: int, sites: int) -> haplotype_hmm.Bank:
+    """Chains with and without parents, grandparents among them, a contig that starts, floors of 0 and more."""
+    parent_c = np.array([-1, -1, 0, 2, 1, 0, 3, -1][:chains])
+    switch_cl = rng.uniform(1e-4, 0.2, (chains, sites))
+    switch_cl[:, sites // 2] = 1
+    mismatch_cl = np.where(parent_c < 0, 0.3, 0.01)[:, None] * rng.uniform(0.1, 1, (chains, sites))
+    return haplotype_hmm.Bank(switch_cl, mismatch_cl, parent_c, rng.choice([0, 0.1, 0.5], chains))
+
+
+def check_bank(rng: np.random.Generator, device: str, tiny: bool) -> Triples:
+    """Log-odds, donors, expected counts and log-likelihoods within 1e-4 (norms); the last stretch from a state."""
+    found: Triples = []
+    for k, sites, n, chains in ((5, 4, 1, 2), (1100, 5, 2, 4) if tiny else (5008, 700, 37, 8)):
+        reference, target, _, _ = _chain(rng, k, sites, n)
+        bank, exclude, cut = _bank(rng, chains, sites), rng.integers(-1, k, (n, 2)), sites // 2
+        r, t = tensor(reference, device), tensor(target, device)
+        state = haplotype_hmm.bank_start(n, chains, k, device=device)
+        here, there = (reference, k, target, bank), (r, k, t, bank)
+        wanted = haplotype_hmm.bank_predict(*here, exclude_ne=exclude, dtype=np.float64)
+        haplotype_hmm.bank_predict(*there, exclude_ne=exclude, state=state, stop_site=cut)
+        got = haplotype_hmm.bank_predict(*there, exclude_ne=exclude, state=state, first_site=cut)
+        found += [(a, b[:, cut:], 1e-4) for a, b in zip(got, wanted)]
+        got = haplotype_hmm.bank_counts(*there, exclude_ne=exclude)
+        found += [
+            (a, b, 1e-4) for a, b in zip(got, haplotype_hmm.bank_counts(*here, exclude_ne=exclude, dtype=np.float64))
+        ]
+        found += [(a, b, 1e-4) for a, b in zip(haplotype_hmm.bank_predict(*there), haplotype_hmm.bank_predict(*here))]
+    return found
+
+
 def checks(*, tiny: bool) -> list[Check]:
     """All checks; `tiny`: sizes for Triton's interpreter."""
     made = {
@@ -252,6 +282,7 @@ def checks(*, tiny: bool) -> list[Check]:
         "nearest": check_nearest,
         "nearest.features": check_features,
         "haplotype_hmm": check_hmm,
+        "haplotype_hmm.bank": check_bank,
     }
     return [Check(name, lambda rng, device, run=run: run(rng, device, tiny)) for name, run in made.items()]
 
@@ -527,6 +558,49 @@ def bench_paths(targets: int, k: int, sites: int) -> Bench:
     )
 
 
+def _bank_inputs(rng: np.random.Generator, targets: int, k: int, sites: int, chains: int) -> Any:
+    reference, target, _, _ = _chain(rng, k, sites, targets)
+    return tensor(reference, "cuda"), k, tensor(target, "cuda"), _bank(rng, chains, sites)
+
+
+def bench_bank(targets: int, k: int, sites: int, chains: int) -> Bench:
+    cells = float(targets) * k * sites * chains
+    return Bench(
+        "haplotype_hmm.bank_predict",
+        {"targets": targets, "haplotypes": k, "sites": sites, "chains": chains},
+        cells,
+        "cells",
+        prepare=lambda rng, device: _bank_inputs(rng, targets, k, sites, chains),
+        run=lambda x: haplotype_hmm.bank_predict(*x),
+        peers={"torch float32": _torch_bank},
+        same=lambda a, b: _close(1e-3)(a[0], b),
+    )
+
+
+def _torch_bank(x: Any) -> torch.Tensor:
+    """Log-odds of each chain as one would write them with torch, all targets at a time."""
+    reference, k, target, bank = x
+    p = torch.zeros((len(bank.parent_c), len(target), k), device="cuda")
+    logit = torch.empty((*target.shape, len(p)), device="cuda")
+    before = None
+    for site in range(len(reference)):
+        allele = spread_int8(reference[site : site + 1], k)[0, :k]
+        for c, parent in enumerate(bank.parent_c):
+            drawn = torch.full_like(p[c], 1 / k)
+            if parent >= 0:
+                drawn = (1 - bank.floor_c[c]) * p[parent] + bank.floor_c[c] / k
+            if site:
+                wrong, seen = bank.mismatch_cl[c, site - 1], target[:, site - 1, None]
+                held = p[c] * torch.where(seen == 255, 1.0, torch.where(seen == before, 1 - wrong, wrong))
+                switch = bank.switch_cl[c, site]
+                drawn = held * ((1 - switch) / held.sum(dim=1, keepdim=True)) + switch * drawn
+            p[c] = drawn
+            wrong, alt, ref = bank.mismatch_cl[c, site], drawn @ allele.float(), drawn @ (1 - allele).float()
+            logit[:, site, c] = ((alt * (1 - wrong) + ref * wrong) / (ref * (1 - wrong) + alt * wrong)).log()
+        before = allele
+    return logit
+
+
 def benches() -> list[Bench]:
     return [
         bench_hamming(5_008, 5_008, 10_000),
@@ -536,6 +610,7 @@ def benches() -> list[Bench]:
         bench_forward(132, 5_008, 2_000),
         bench_forward(2_112, 5_008, 10_000),
         bench_paths(264, 5_008, 4_000),
+        bench_bank(264, 5_008, 1_000, 8),
         bench_ld(10_000, 5_008),
         bench_ld(20_000, 50_048),
         bench_ld_decay(10_000, 5_008),
@@ -596,6 +671,12 @@ def tunings() -> list[Tuning]:
             {"targets": (1, 2, 4), "warps": (4, 8, 16)},
             lambda rng, device: _forward_inputs(rng),
             lambda x: haplotype_hmm.log_likelihood(x[0], 5_008, x[1], x[2], x[3]),
+        ),
+        Tuning(
+            "haplotype_hmm.bank",
+            {"tile": (512, 1024, 2048, 4096), "warps": (4, 8, 16)},
+            lambda rng, device: _bank_inputs(rng, 264, 5_008, 300, 8),
+            lambda x: haplotype_hmm.bank_predict(*x),
         ),
     ]
 
