@@ -15,7 +15,13 @@ from engine.kernels import haplotype_hmm
 sys.path.insert(0, str(Path(__file__).parent))
 from triton_aot import compile_jobs
 
-IN_THE_INTERPRETER = """
+IN_THE_INTERPRETER = (
+    f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import triton_interpreter
+"""
+    + """
 import numpy as np, torch
 from engine.kernels import haplotype_hmm as hmm
 from engine.kernels.haplotype_hmm import triton_gpu
@@ -93,6 +99,7 @@ assert triton_gpu._register_words(5008) == (128, 32) and triton_gpu._register_wo
 assert triton_gpu._register_words(7 * 32) == (8, 0)
 print("the same")
 """
+)
 
 
 def test_triton_equals_reference_in_the_interpreter():
@@ -185,3 +192,16 @@ def test_triton_equals_reference_on_a_gpu():
         uniforms = rng.random((n, sites))
         paths = haplotype_hmm.posterior_paths(*there, uniforms, **given).cpu().numpy()
         assert (paths == haplotype_hmm.posterior_paths(*here, uniforms, **given)).mean() > 0.999
+    bank = haplotype_hmm.Bank(
+        rng.random((4, sites)) * 0.1, rng.random((4, sites)) * 0.1 + 0.01, [-1, -1, 0, 2], [0, 0, 0.1, 0]
+    )
+    for given in ({}, {"exclude_ne": rng.integers(0, k, (n, 2))}):
+        for exact, found in (
+            (
+                haplotype_hmm.bank_predict(*here[:3], bank, **given),
+                haplotype_hmm.bank_predict(*there[:3], bank, **given),
+            ),
+            (haplotype_hmm.bank_counts(*here[:3], bank, **given), haplotype_hmm.bank_counts(*there[:3], bank, **given)),
+        ):
+            for values, same in zip(exact, found, strict=True):
+                np.testing.assert_allclose(same.cpu().numpy(), values, rtol=1e-3, atol=1e-4)
