@@ -159,11 +159,11 @@ def test_a_follow_up_begins_as_its_baseline_moved_by_what_changed() -> None:
 def test_a_normal_distribution_is_drawn_right_by_a_network_that_has_learned_nothing() -> None:
     """Means by covariates, two directions of large variance, white noise: sampled with the network at zero."""
     rng = torch.Generator().manual_seed(20)
-    places, known = int(np.prod(SHAPE)), conditions(3000, 21)
+    places, known = int(np.prod(SHAPE)), conditions(1500, 21)
     axes = torch.linalg.qr(torch.randn(places, 2, generator=rng))[0].T.reshape(2, *SHAPE)
-    score = torch.randn(3000, 2, generator=rng) * torch.tensor([6.0, 3.0])
+    score = torch.randn(1500, 2, generator=rng) * torch.tensor([6.0, 3.0])
     latent = truth(known) + torch.einsum("bk,kcdhw->bcdhw", score, axes)
-    latent = latent + 0.4 * torch.randn(3000, *SHAPE, generator=rng)
+    latent = latent + 0.4 * torch.randn(1500, *SHAPE, generator=rng)
     mean = LinearMean([3], 2, SHAPE, earlier=False, components=2)
     mean.set(latent, known)
     assert mean.deviation_2k is not None
@@ -186,7 +186,7 @@ def test_a_normal_distribution_is_drawn_right_by_a_network_that_has_learned_noth
 def test_a_follow_up_changes_as_much_as_people_do() -> None:
     """Pairs of scans of a person: a change by the covariate, more along one direction, some noise; network at zero."""
     rng = torch.Generator().manual_seed(30)
-    places, n = int(np.prod(SHAPE)), 4000
+    places, n = int(np.prod(SHAPE)), 1000
     axes = torch.linalg.qr(torch.randn(places, 2, generator=rng))[0].T.reshape(2, *SHAPE)
     one = conditions(n, 31)
     other = replace(one, continuous_bk=one.continuous_bk + torch.tensor([0.5, 0.0]))
