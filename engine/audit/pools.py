@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from engine.errors import InputError
 
+_CACHED = 2**16  # elements whose differences are taken at a time: they then fit the second-level cache
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -130,15 +132,15 @@ def topk(
     """
     if query.views is None:
         return _topk_rows(query.data, database, k, exclude)
-    versions = [query.data, *query.views]
-    nearest_vn = np.stack([_topk_rows(rows, database, 1, exclude)[0][:, 0] for rows in versions])
-    chosen_n = nearest_vn.argmin(axis=0)
-    best_d, best_i = np.empty((len(query), k)), np.empty((len(query), k), dtype=np.int64)
-    for version in np.unique(chosen_n):  # all k neighbours of a row only in the version that counts
-        rows = np.flatnonzero(chosen_n == version)
-        skipped = None if exclude is None else (exclude[0][rows], exclude[1])
-        best_d[rows], best_i[rows] = _topk_rows(versions[version][rows], database, k, skipped)
-    return best_d, best_i
+    v, n, width = query.views.shape
+    tiled = None if exclude is None else (np.tile(exclude[0], v), exclude[1])
+    plain_n = _topk_rows(query.data, database, 1, exclude)[0][:, 0]
+    turned_vn = _topk_rows(query.views.reshape(v * n, width), database, 1, tiled)[0].reshape(v, n)
+    chosen_n = np.vstack([plain_n, turned_vn]).argmin(axis=0)
+    rows = query.data.copy()
+    other = np.flatnonzero(chosen_n)
+    rows[other] = query.views[chosen_n[other] - 1, other]
+    return _topk_rows(rows, database, k, exclude)  # all k neighbours of a row only in the version that counts
 
 
 def _topk_rows(
@@ -153,11 +155,11 @@ def _topk_rows(
     _, index = l2_topk(rows, database.data, k, exclude=exclude)
     index = np.asarray(index, dtype=np.int64)
     distance = np.empty(index.shape)
-    block = max(1, 8_000_000 // max(1, k * rows.shape[1]))
+    block = max(1, _CACHED // max(1, k * rows.shape[1]))
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         gap = rows[part, None, :].astype(np.float64) - database.data[np.maximum(index[part], 0)]
-        distance[part] = np.sqrt((gap * gap).sum(axis=2))
+        distance[part] = np.sqrt(np.square(gap, out=gap).sum(axis=2))
     distance[index < 0] = np.inf
     order = np.argsort(distance, axis=1, kind="stable")
     return np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1)

@@ -66,6 +66,25 @@ def test_visits_of_one_person_are_not_neighbours_in_the_null():
     assert separate.scores.distance_holdout_n.max() < 0.01
 
 
+def test_of_a_row_with_views_the_nearest_version_counts_and_its_neighbours_alone():
+    rng = np.random.default_rng(6)
+    rows_vnd = rng.standard_normal((4, 9, 5)).astype(np.float32)
+    database, code_n, code_m = rng.standard_normal((30, 5)).astype(np.float32), np.arange(9) % 4, np.arange(30) % 4
+    query = pool(rows_vnd[0], "q", views=rows_vnd[1:])
+    for exclude in (None, (code_n, code_m)):
+        distance, index = topk(query, pool(database, "d"), 3, exclude=exclude)
+        versions = set()
+        for n in range(9):
+            far = np.linalg.norm(rows_vnd[:, n, None].astype(float) - database, axis=2)
+            if exclude is not None:
+                far[:, code_m == code_n[n]] = np.inf
+            version = far.min(axis=1).argmin()
+            versions.add(version)
+            assert index[n].tolist() == np.argsort(far[version])[:3].tolist()
+            np.testing.assert_allclose(distance[n], np.sort(far[version])[:3], rtol=1e-12)
+        assert len(versions) > 2
+
+
 def test_views_are_searched_and_the_null_with_them():
     rng = np.random.default_rng(3)
     flip = lambda x: x[:, ::-1].copy()  # noqa: E731
