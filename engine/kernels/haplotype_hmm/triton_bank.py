@@ -66,7 +66,6 @@ def bank_walk_kernel(
     for site in range(first_site, stop_site):
         behind = tl.where(site > 0, site - 1, 0)
         allele = tl.load(target_ptr + n * sites + behind).to(tl.int32)
-        allele = tl.where(site > 0, allele, 255)
         for i in range(begin, end):
             c = tl.load(member_ptr + i)
             parent, floor = tl.load(parent_ptr + c), tl.load(floor_ptr + c)
