@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 
 from engine.errors import Unsupported, UsageError
 from engine.kernels import bits
-from engine.kernels.bits import tiles
+from engine.kernels.bits import lookups, tiles
 
 SIZES = [0, 1, 63, 64, 65, 127, 521]
 
@@ -246,3 +247,48 @@ for kernel, signature, constants in cases:
 print("done")
 """
     assert run_python(code, TRITON_INTERPRET="0").strip() == "done"
+
+
+@pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
+@pytest.mark.parametrize("n", [1, 63, 64, 130, 4_000, 40_000])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_lookups_are_sums_of_products(n, inverse):
+    """40,000 ones are more entries than sums of 16 bits hold, each as large as it can be."""
+    rng = np.random.default_rng(n)
+    alleles = (rng.random((70, n)) < rng.choice([0.02, 0.5, 1.0], (70, 1))).astype(np.uint8)
+    alleles[0] = not inverse
+    packed = bits.pack(alleles)
+    columns = lookups.new_columns(2, packed.shape[1])
+    columns[:] = 255
+    lookups.fill_columns(packed, np.arange(70)[::-1].copy(), columns[1])
+    listed = alleles ^ np.uint8(inverse)
+    entries, counts = (
+        np.zeros((3, 16 * packed.shape[1] + lookups.SPARE), dtype=np.uint32),
+        np.empty(128, dtype=np.int32),
+    )
+    for site in range(0, 70, 9):
+        length = lookups.list_nibbles(packed, site, n, inverse, entries, 2)
+        padded = np.pad(listed[site], (0, -n % 4)).reshape(-1, 4)
+        assert length == padded.any(axis=1).sum()
+        for first in (0, 32):
+            members, vectors = alleles[::-1][first:].astype(np.int64), 3 - first // 32
+            lookups.sums(entries, 2, length, columns, 1, first, vectors, 0, counts)
+            np.testing.assert_array_equal(counts[: len(members)], members @ listed[site].astype(np.int64))
+            if n % 2 == 0:
+                lookups.sums(entries, 2, length, columns, 1, first, vectors, 1, counts)
+                dosage = listed[site].reshape(-1, 2).sum(axis=1, dtype=np.int64)
+                np.testing.assert_array_equal(
+                    counts[: len(members)], members.reshape(len(members), -1, 2).sum(axis=2) @ dosage
+                )
+
+
+def test_whether_there_are_lookups_is_asked_of_the_named_processor():
+    probe = "from engine.kernels.bits.lookups import AVAILABLE; print(AVAILABLE)"
+    for name, wanted in (("haswell", True), ("sandybridge", False), ("nehalem", False)):
+        if platform.machine() != "x86_64":
+            pytest.skip("names of x86 processors")
+        told = subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, text=True,
+            env=os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""},
+        )  # fmt: skip
+        assert told.stdout.strip() == str(wanted), told.stderr

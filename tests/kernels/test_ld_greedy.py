@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from engine.errors import UsageError
 from engine.kernels import ld
-from engine.kernels.ld import likelihood, reference_greedy
+from engine.kernels.bits import lookups
+from engine.kernels.ld import likelihood, numba_prune, numba_prune_lookups, reference_greedy
 from engine.kernels.ld.numba_cpu import pair_tables, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,6 +45,63 @@ def test_pruning_is_the_definition(sites, people, seed, kind, most, rule, window
     where = {"sites": window, "step": min(step, window)} if bp is None else {"bp": bp, "position_bp": position_bp}
     got = ld.prune(bits, n, most, **where, **options)
     same(got, ld.prune(bits, n, most, **where, **options, implementation="reference"))
+
+
+needs_lookups = pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
+
+
+@needs_lookups
+@settings(max_examples=80, deadline=None)
+@given(
+    sites=st.integers(1, 420),
+    people=st.integers(1, 140),
+    seed=st.integers(0, 10_000),
+    unphased=st.booleans(),
+    flipped=st.booleans(),
+    most=st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.8]),
+    rule=st.sampled_from(["plink1", "plink2"]),
+    window=st.integers(2, 400),
+    step=st.integers(1, 400),
+    bp=st.none() | st.integers(0, 500),
+)
+def test_pruning_by_lookups_is_the_definition(sites, people, seed, unphased, flipped, most, rule, window, step, bp):
+    n, rng = 2 * people, np.random.default_rng(seed)
+    alleles = unpack(linked(sites, n, seed), n)
+    if flipped:  # sites whose commoner allele is ALT
+        alleles = alleles ^ (rng.random((sites, 1)) < 0.5).astype(np.uint8)
+    position_bp = np.cumsum(rng.integers(0, 40, sites))
+    step = min(step, window)
+    chosen = (window, step, None) if bp is None else (None, 1, bp)
+    first = ld.checks.sites(pack(alleles), n, None, unphased)
+    rules = ld.checks.prune_rules(sites, most, *chosen, position_bp, rule)
+    same(numba_prune_lookups.prune(first, rules), reference_greedy.prune(first, rules))
+
+
+@needs_lookups
+def test_pruning_by_lookups_in_blocks_of_many_groups():
+    """A window of 700 new sites stands in six groups of columns, which are squeezed as sites go; then steps of one site."""
+    bits = linked(700, 300, seed=8)
+    first = ld.checks.sites(bits, 300, None, True)
+    for rule in ("plink1", "plink2"):
+        for window, step in ((700, 700), (500, 1), (129, 129), (128, 64)):
+            rules = ld.checks.prune_rules(700, 0.2, window, step, None, None, rule)
+            wanted = reference_greedy.prune(first, rules)
+            same(numba_prune_lookups.prune(first, rules), wanted)
+            assert 50 < wanted.sum() < 500
+
+
+@needs_lookups
+def test_pruning_takes_lookups_where_the_processor_does_not_count(monkeypatch):
+    bits = linked(90, 100, seed=3)
+    called = []
+    pruned = numba_prune_lookups.prune
+    monkeypatch.setattr(numba_prune_lookups, "prune", lambda *given: called.append(1) or pruned(*given))
+    for wide, missing_lw, times in ((False, None, 1), (True, None, 0), (False, lost(90, 100, whole=False), 0)):
+        monkeypatch.setattr(numba_prune, "WIDE", wide)
+        called.clear()
+        kept = ld.prune(bits, 100, 0.2, sites=50, unphased=True, missing_lw=missing_lw)
+        same(kept, ld.prune(bits, 100, 0.2, sites=50, unphased=True, missing_lw=missing_lw, implementation="reference"))
+        assert len(called) == times
 
 
 @pytest.mark.parametrize("rule", ["plink1", "plink2"])
@@ -231,7 +289,9 @@ def ids(path):
         ("plink2", "plink2", ("--bad-ld", "--indep-order", "2"), True),
     ],
 )
-def test_pruning_keeps_what_the_program_keeps(tmp_path, name, rule, options, phased):
+@pytest.mark.parametrize("by", ["tiles", pytest.param("lookups", marks=needs_lookups)])
+def test_pruning_keeps_what_the_program_keeps(tmp_path, monkeypatch, name, rule, options, phased, by):
+    monkeypatch.setattr(numba_prune, "WIDE", by == "tiles")
     path, rng = program(name), np.random.default_rng(1)
     for trial in range(6):
         sites, n = int(rng.integers(50, 400)), 2 * int(rng.integers(30, 300))

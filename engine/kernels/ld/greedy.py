@@ -22,7 +22,7 @@ def _next(word: int, least: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _last(word: int, below: int) -> int:
+def last_one(word: int, below: int) -> int:
     """Highest one of a word of 32 below bit `below`; -1 where there is none."""
     kept = np.uint64(word) & ((np.uint64(1) << np.uint64(below)) - np.uint64(1))
     return 63 - np.int64(leading_zeros(kept))  # type: ignore
@@ -40,7 +40,7 @@ def next_site(alive: np.ndarray, at: int, end: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _kill(alive: np.ndarray, site: int) -> None:
+def kill(alive: np.ndarray, site: int) -> None:
     alive[site >> 5] &= ~(np.uint32(1) << np.uint32(site & 31))
 
 
@@ -68,9 +68,9 @@ def forward_window(
             else:
                 gone = True
                 if major_l[i] > major_l[hit] * (1 + EPSILON):
-                    _kill(alive, i)
+                    kill(alive, i)
                 else:
-                    _kill(alive, hit)
+                    kill(alive, hit)
                     unchecked[i] = next_site(alive, hit + 1, end)
             i = next_site(alive, i + 1, end)
 
@@ -92,7 +92,7 @@ def backward_window(
         i = j  # pairs (i', j) with i' >= i were looked at
         while i > start:
             w = (i - 1) >> 5
-            bit = _last(rows[j % ring, w % words] & alive[w], i - (w << 5))
+            bit = last_one(rows[j % ring, w % words] & alive[w], i - (w << 5))
             if bit < 0:
                 i = w << 5
                 continue
@@ -100,9 +100,9 @@ def backward_window(
             if i < start:
                 break
             if not major_l[i] > major_l[j] * (1 + EPSILON):
-                _kill(alive, j)
+                kill(alive, j)
                 break
-            _kill(alive, i)
+            kill(alive, i)
 
 
 @numba.njit(cache=True, nogil=True)

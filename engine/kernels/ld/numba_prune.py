@@ -1,5 +1,7 @@
 """Pruning on the CPU: which pairs are linked is found out as the windows come, by tiles, for the sites that still live.
 
+Where the processor has AVX2 but no popcount of vectors, and nothing is missing, numba_prune_lookups.py does it instead.
+
 A window of a thousand sites may have but fifty that live. They stand side by side in `slots`, so that a tile of a new block of
 32 sites against them wastes little; a place that becomes free is taken by the next survivor. What a window then does with the
 bits is greedy.py's.
@@ -10,11 +12,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from engine.kernels.bits.tiles import BLOCK
-from engine.kernels.ld import greedy
+from engine.kernels.bits.lookups import AVAILABLE
+from engine.kernels.bits.tiles import BLOCK, WIDE
+from engine.kernels.ld import greedy, numba_prune_lookups
 from engine.kernels.ld.checks import EPSILON, PruneRules, Sites
 from engine.kernels.ld.numba_matrix import major_frequency, prepare
-from engine.kernels.ld.numba_tiles import PHASED_MISSING, Planes, blocks_of, judge, tile_sums
+from engine.kernels.ld.numba_tiles import PHASED_MISSING, Planes, blocks_of, judge, misses, tile_sums
 
 
 def prune(first: Sites, rules: PruneRules) -> np.ndarray:
@@ -22,6 +25,8 @@ def prune(first: Sites, rules: PruneRules) -> np.ndarray:
     length = len(first.bits_lw)
     if not len(rules.starts):
         return np.ones(length, dtype=bool)
+    if AVAILABLE and not WIDE and not misses(first):
+        return numba_prune_lookups.prune(first, rules)
     planes = prepare(first)
     major_l, varies_l = major_frequency(planes)
     alive = greedy.bits_of(varies_l & rules.loaded_l)
