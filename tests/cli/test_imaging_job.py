@@ -11,6 +11,9 @@ import numpy as np
 import pydicom
 import pytest
 
+from engine.imaging import audit_judges
+from engine.release.audit_run import audit_files
+
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "imaging" / "hippocampus_cpu15.yaml"
 TINY = [
     "--set", "autoencoder.steps=12", "--set", "autoencoder.widths=[8,16]", "--set", "autoencoder.adversarial_weight=0",
@@ -21,6 +24,25 @@ TINY = [
 QUICKLY = [
     "--set", "extractor.volumes.steps=10", "--set", "extractor.slices.steps=10", "--set", "segmenter.steps=10",
 ]  # fmt: skip
+
+# Draws behind the audit's own rates, which tests/audit looks at; one draw of honest people can void no verdict.
+RATES = "contamination_repeats: 4\nhonest_repeats: 1\n"
+
+
+def few(table: Path, scans: int) -> Path:
+    """A table of the first scans of another, beside it: enough for what is asserted here."""
+    head, *rows = table.read_text().splitlines()
+    part = table.with_name(f"few_{table.name}")
+    part.write_text("\n".join([head, *rows[:scans]]) + "\n")
+    return part
+
+
+@pytest.fixture(scope="module")
+def sides(hippocampus) -> dict[str, Path]:
+    """Both sides of the run and a policy with few draws: arguments of an audit."""
+    run, policy = hippocampus / "run", hippocampus / "policy.yaml"
+    policy.write_text(RATES)
+    return {"train": run / "train.csv", "holdout": run / "holdout.csv", "policy": policy}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +85,10 @@ def test_shards_join_to_the_bytes_of_one_job(hippocampus, good, tmp_path):
     assert np.allclose(first.header.get_zooms()[:3], 1.0, atol=0.01)
 
 
-def test_evaluate_and_audit(hippocampus, good, engine, tmp_path):
+def test_evaluate_and_audit(hippocampus, sides, good, engine, tmp_path):
     run = hippocampus / "run"
     good("imaging", "sample", run, "-n", 24, "--out", tmp_path / "synthetic")
-    judged = good("imaging", "evaluate", "--real", run / "holdout.csv", "--train", run / "train.csv",
+    judged = good("imaging", "evaluate", "--real", few(run / "holdout.csv", 16), "--train", few(run / "train.csv", 48),
                   "--synthetic", tmp_path / "synthetic", "--out", tmp_path / "evaluation", *QUICKLY)  # fmt: skip
     named = {f["name"]: f for f in judged["findings"]}
     assert named["frechet_self_3d"]["verdict"] == named["frechet_self_25d"]["verdict"] == "fail"
@@ -80,7 +102,7 @@ def test_evaluate_and_audit(hippocampus, good, engine, tmp_path):
     assert page.count('type="range"') == 3  # a slider per plane
     assert page.count("data:image/png;base64,") > 3 * 24  # and its slices
 
-    said = engine("audit", "--train", run / "train.csv", "--holdout", run / "holdout.csv",
+    said = engine("audit", "--train", sides["train"], "--holdout", sides["holdout"], "--policy", sides["policy"],
                   "--synthetic", tmp_path / "synthetic", "--out", tmp_path / "audit")  # fmt: skip
     assert said.code in (0, 3), said.errors
     controls = {control["name"]: control["verdict"] for control in said.result["controls"]}
@@ -89,13 +111,13 @@ def test_evaluate_and_audit(hippocampus, good, engine, tmp_path):
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
 
 
-def test_training_scans_given_as_synthetic_are_convicted(hippocampus, engine, tmp_path):
-    run = hippocampus / "run"
-    said = engine("audit", "--train", run / "train.csv", "--holdout", run / "holdout.csv",
-                  "--synthetic", _on_one_grid(run, tmp_path), "--out", tmp_path / "audit")  # fmt: skip
-    assert said.code == 3, said.errors
-    assert said.result["verdict"] == "fail"
-    flagged = next(f for f in said.result["findings"] if f["name"] == "copy_share_at_5_percent")
+def test_training_scans_given_as_synthetic_are_convicted(hippocampus, sides, monkeypatch, tmp_path):
+    """In this process, where fewer candidates can be laid on their neighbours; that a conviction exits with 3 is seen with
+    genotypes."""
+    monkeypatch.setattr(audit_judges, "CANDIDATES", 2)
+    result = audit_files(synthetic=_on_one_grid(hippocampus / "run", tmp_path), out=tmp_path / "audit", **sides)
+    assert result["verdict"] == "fail"
+    flagged = next(f for f in result["findings"] if f["name"] == "copy_share_at_5_percent")
     assert flagged["value"] > 0.9
     assert flagged["verdict"] == "fail"
 
