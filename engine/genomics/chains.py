@@ -51,6 +51,8 @@ class MixConfig(BaseModel):
         held_out: share of those people that judges and is not learned from.
         hidden: width of the two hidden layers.
         epochs, learning_rate, weight_decay: of AdamW, with one cycle of the rate.
+        clusters: mixtures of trees (`engine.genomics.clusters`) that are mixed in, each by its number of clusters.
+        cluster_sites: panels of more sites than this have none: there a few clusters tell less than who is copied.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +64,8 @@ class MixConfig(BaseModel):
     epochs: int = Field(default=6, ge=1)
     learning_rate: float = Field(default=4e-3, gt=0)
     weight_decay: float = Field(default=1e-3, ge=0)
+    clusters: list[int] = []
+    cluster_sites: int = Field(default=2000, ge=0)
 
 
 class BankPanel(NamedTuple):

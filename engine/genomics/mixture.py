@@ -1,5 +1,7 @@
 """One likelihood from a bank of copying chains: at each site a small network weighs what the chains foretell.
 
+Where sites are sparse, clusters of haplotypes (`engine.genomics.clusters`) are mixed in as further chains.
+
 The network sees, for each chain, what it foretells (log-odds), among how many haplotypes it is undecided, and how
 surprised it has been lately and over a longer while; and of the site its frequency, the distance to the last one, its
 learned rates, how hard it was to foretell in other people, and how many sites have passed. It gives weights of the chains
@@ -21,17 +23,21 @@ import numpy as np
 
 from engine import seeding
 from engine.errors import UsageError
-from engine.genomics import chains
-from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
+from engine.genomics import chains, clusters
+from engine.genomics.chains import BankPanel, ChainSpec, MixConfig, Predictions
+from engine.genomics.clusters import Trees
 from engine.genomics.matching import of_person
 from engine.kernels import bits
 from engine.kernels.haplotype_hmm import Bank
 
 BATCH = 16  # haplotypes run through the bank at a time
-SAMPLES = 20_000  # haplotypes times sites in one step of training, less where an epoch would be fewer steps than
+CELLS = 4096  # haplotypes times sites in one step of training, less where an epoch would be fewer steps than
 STEPS = 20
+PLAIN, PLAIN_SHARE = 0.01, 0.04  # cells foretold with less doubt, and rightly; the share of them that is learned from
+FEW = 1_000_000  # cells: fewer are all learned from
 DECAYS = (0.9, 0.995)  # of the running surprise, per site
 LEAST = 1e-3  # nats, below which surprise is not told apart
+FOLDS = 3  # of all people: clusters that foretell one are learned from the others
 Progress = Callable[[int, int], None]
 
 
@@ -45,6 +51,7 @@ class Mixture:
         hardness_l: float32 (L,), mean surprise at each site of the people learned from, nats.
         held_out_nats, held_out_sem, held_out_n: of the people that judged, each left out of the panel.
         plain_nats: the same people under the best single chain.
+        trees: clusters that are mixed in after the chains.
     """
 
     specs: list[ChainSpec]
@@ -55,6 +62,7 @@ class Mixture:
     held_out_sem: float
     held_out_n: int
     plain_nats: float
+    trees: tuple[Trees, ...] = ()
 
     def figures(self) -> dict[str, float]:
         """How it did on the people that judged."""
@@ -81,8 +89,9 @@ class Mixture:
         nats_n = np.empty(len(target_nl))
         for at in range(0, len(target_nl), BATCH):
             part = slice(at, at + BATCH)
-            seen_nlf = _seen(bank, self.inputs, panel, target_nl[part], None if leave_ne is None else leave_ne[part])
-            logit_nl = self.logits(seen_nlf, panel)
+            more = _foretold(self.trees, target_nl[part])
+            left_ne = None if leave_ne is None else leave_ne[part]
+            logit_nl = self.logits(_seen(bank, self.inputs, panel, target_nl[part], left_ne, more), panel)
             nats_n[part] = chains.nats(logit_nl, target_nl[part]).sum(axis=1)
             if progress is not None:
                 progress(min(at + BATCH, len(target_nl)), len(target_nl))
@@ -97,30 +106,54 @@ class Mixture:
             out = out @ self.weights[f"w{layer}"].T + self.weights[f"b{layer}"]
             out *= 1 / (1 + np.exp(-out))  # SiLU
         out = out @ self.weights["w2"].T + self.weights["b2"]
-        return _mixed(out, seen_nlf[..., : len(self.inputs)].astype(np.float32))
+        return _mixed(out, seen_nlf[..., : len(self.inputs) + len(self.trees)].astype(np.float32))
 
 
 def _bank(specs: Sequence[ChainSpec], panel: BankPanel) -> Bank:
     return chains.bank(specs, panel.hazard_l, panel.mismatch_l, panel.contig_start_l)
 
 
+def _foretold(trees: Sequence[Trees], target_nl: np.ndarray) -> Predictions:
+    """What clusters foretell, in the form of chains, (N, L, E); "donors" are clusters."""
+    made = np.empty((2, *target_nl.shape, len(trees)), np.float32)
+    for e, each in enumerate(trees):
+        made[0, :, :, e], made[1, :, :, e] = clusters.foretell(each, target_nl)
+    return Predictions(*made)
+
+
 def _seen(
-    bank: Bank, inputs: list[int], panel: BankPanel, target_nl: np.ndarray, leave_ne: np.ndarray | None
-) -> np.ndarray:
-    """float16 (N, L, 4 C): of each chain mixed the log-odds, the log of the effective number of donors, and the logs of its
-    running surprise before the site at each of DECAYS."""
+    bank: Bank, inputs: list[int], panel: BankPanel, target_nl: np.ndarray, leave_ne: np.ndarray | None,
+    more: Predictions,
+) -> np.ndarray:  # fmt: skip
+    """float16 (N, L, 4 C + 1): of each chain mixed, those of `more` last, the log-odds, the log of the effective number of
+    donors, and the logs of its running surprise before the site at each of DECAYS; then the log-odds of the frequency."""
     from scipy.signal import lfilter
 
     made = chains.predict(bank, panel.bits_lw, panel.k, target_nl, leave_out=leave_ne)
-    logit_nlc = made.logit_nlc[:, :, inputs]
-    seen_nlf = np.empty((*logit_nlc.shape[:2], 4 * len(inputs)), np.float16)
-    parts = np.split(seen_nlf, 4, axis=2)
-    parts[0][:], parts[1][:] = logit_nlc, np.log(made.donors_nlc[:, :, inputs])
+    logit_nlc = np.concatenate([made.logit_nlc[:, :, inputs], more.logit_nlc], axis=2)
+    donors_nlc = np.concatenate([made.donors_nlc[:, :, inputs], more.donors_nlc], axis=2)
+    seen_nlf = np.empty((*logit_nlc.shape[:2], 4 * logit_nlc.shape[2] + 1), np.float16)
+    parts = np.split(seen_nlf[:, :, :-1], 4, axis=2)
+    parts[0][:], parts[1][:] = logit_nlc, np.log(donors_nlc)
     surprise_nlc = -chains.nats(logit_nlc, target_nl[:, :, None])
     for part, decay in zip(parts[2:], DECAYS, strict=True):
         part[:, 0] = np.log(LEAST)
         part[:, 1:] = np.log(lfilter([1 - decay], [1, -decay], surprise_nlc, axis=1)[:, :-1] + LEAST)
+    seen_nlf[:, :, -1] = _frequency(panel, len(target_nl), leave_ne)
     return seen_nlf
+
+
+def _frequency(panel: BankPanel, n: int, leave_ne: np.ndarray | None) -> np.ndarray:
+    """float32 (N, L): log-odds of ALT's frequency in the panel, without the haplotypes left out: with them, an allele that
+    no chain expects and the frequency knows would tell that the target has it."""
+    count_nl = np.repeat(bits.popcount_rows(panel.bits_lw)[None].astype(np.int64), n, axis=0)
+    left_n = np.full(n, panel.k)
+    for at, own in np.ndenumerate(np.empty((0, 0)) if leave_ne is None else leave_ne):
+        if own >= 0:
+            left_n[at[0]] -= 1
+            count_nl[at[0]] -= ((panel.bits_lw[:, own >> 6] >> np.uint64(own & 63)) & np.uint64(1)).astype(np.int64)
+    share_nl = (count_nl + 0.5) / (left_n[:, None] + 1)
+    return np.asarray(np.log(share_nl / (1 - share_nl)), np.float32)
 
 
 def _mixed(out_nlo: np.ndarray, logit_nlc: np.ndarray) -> np.ndarray:
@@ -131,14 +164,11 @@ def _mixed(out_nlo: np.ndarray, logit_nlc: np.ndarray) -> np.ndarray:
 
 
 def _site_features(panel: BankPanel) -> np.ndarray:
-    """float32 (L, 5): log-odds of the frequency, logs of the expected switches and of the mismatch, of the sites passed
-    on this contig and in all."""
+    """float32 (L, 4): logs of the expected switches and of the mismatch, of the sites passed on this contig and in all."""
     sites = len(panel.hazard_l)
-    share_l = (bits.popcount_rows(panel.bits_lw) + 0.5) / (panel.k + 1)
     first_l = np.maximum.accumulate(np.where(panel.contig_start_l, np.arange(sites), 0))
     return np.stack(
         [
-            np.log(share_l / (1 - share_l)),
             np.log(np.where(panel.contig_start_l, 1.0, panel.hazard_l) + 1e-12),
             np.log(panel.mismatch_l + 1e-9),
             np.log1p(np.arange(sites) - first_l),
@@ -149,9 +179,9 @@ def _site_features(panel: BankPanel) -> np.ndarray:
 
 
 def _features(seen_nlf: np.ndarray, site_lf: np.ndarray, hardness_nl: np.ndarray) -> np.ndarray:
-    """float32 (N, L, F), not yet scaled; F = 4 C + 6."""
-    n, sites, seen = seen_nlf.shape
-    features_nlf = np.empty((n, sites, seen + site_lf.shape[1] + 1), np.float32)
+    """float32 (N, L, F), not yet scaled, or (cells, F) where all are given by cell; F = 4 C + 6."""
+    seen = seen_nlf.shape[-1]
+    features_nlf = np.empty((*seen_nlf.shape[:-1], seen + site_lf.shape[1] + 1), np.float32)
     features_nlf[..., :seen], features_nlf[..., seen:-1] = seen_nlf, site_lf
     features_nlf[..., -1] = np.log(hardness_nl + LEAST)
     return features_nlf
@@ -177,7 +207,9 @@ def train(
 
     if not all(0 <= c < len(specs) for c in config.inputs):
         raise UsageError(f"mix.inputs in 0..{len(specs) - 1}", str(config.inputs), "mix")
-    samples, sites, inputs = len(first_haplotype) - 1, len(panel.hazard_l), len(config.inputs)
+    samples, sites = len(first_haplotype) - 1, len(panel.hazard_l)
+    sizes = config.clusters if sites <= config.cluster_sites else []
+    inputs = len(config.inputs) + len(sizes)
     if samples < 10:
         raise UsageError("at least 10 people to learn a mixture from", str(samples), "mix", "a config without a bank")
     order = seeding.generator(seed, "genomics.mixture.people").permutation(samples)
@@ -190,36 +222,54 @@ def train(
     judge = np.arange(learn[0])
     target_nl = bits.unpack(np.ascontiguousarray(bits.transpose(panel.bits_lw, panel.k)[row_n]), sites)
     bank = _bank(specs, panel)
-    seen_nlf = np.empty((len(row_n), sites, 4 * inputs), np.float16)
+    trees, foretold = _clusters(panel, first_haplotype, people, sizes, seed)
+    seen_nlf = np.empty((len(row_n), sites, 4 * inputs + 1), np.float16)
     mean_nl = np.empty((len(row_n), sites), np.float32)  # surprise under the mean of the log-odds
+    doubt_nl = np.empty((len(row_n), sites), np.float32)  # probability of the less likely allele
     for part in _parts(np.arange(len(row_n)), BATCH):
-        seen_nlf[part] = _seen(bank, config.inputs, panel, target_nl[part], leave_ne[part])
-        mean_nl[part] = -chains.nats(seen_nlf[part, :, :inputs].mean(axis=2, dtype=np.float32), target_nl[part])
+        seen_nlf[part] = _seen(
+            bank, config.inputs, panel, target_nl[part], leave_ne[part], Predictions(*(each[part] for each in foretold))
+        )
+        mean_logit_nl = seen_nlf[part, :, :inputs].mean(axis=2, dtype=np.float32)
+        mean_nl[part], doubt_nl[part] = (
+            -chains.nats(mean_logit_nl, target_nl[part]),
+            1 / (1 + np.exp(abs(mean_logit_nl))),
+        )
         if progress is not None:
             progress(int(part[-1]) + 1, 2 * len(row_n))
     hardness_l = mean_nl[learn].mean(axis=0, dtype=np.float32)
     weight_nl = np.broadcast_to(hardness_l, mean_nl.shape).copy()
     weight_nl[learn] = (hardness_l * len(learn) - mean_nl[learn]) / max(1, len(learn) - 1)  # of the others
     site_lf = _site_features(panel)
-    features_of = lambda at: _features(seen_nlf[at], site_lf, weight_nl[at])  # noqa: E731
+    # Most cells of a dense panel are foretold nearly surely: a few of them, with the weight of all, tell as much.
+    plain_share = PLAIN_SHARE if len(learn) * sites >= FEW else 1.0
+    chance_nl = np.where(np.maximum(mean_nl, doubt_nl) > PLAIN, 1.0, plain_share)[learn]
+    taken_nl = seeding.generator(seed, "genomics.mixture.cells").random(chance_nl.shape) < chance_nl
+    row_c, site_c = learn[np.nonzero(taken_nl)[0]], np.nonzero(taken_nl)[1]
+    times_c = (1 / chance_nl[taken_nl]).astype(np.float32)
 
-    some = features_of(learn[:: max(1, len(learn) // 16)]).reshape(-1, 4 * inputs + 6)
+    def features_of(at: np.ndarray) -> np.ndarray:
+        row, site = row_c[at], site_c[at]
+        return _features(seen_nlf[row, site], site_lf[site], weight_nl[row, site])
+
+    some = features_of(np.arange(0, len(row_c), -(-len(row_c) // 500_000)))
     mean, scale = some.mean(axis=0), some.std(axis=0) + 1e-3
     network = _network(some.shape[1], config.hidden, inputs, seed)
-    batch = max(1, min(SAMPLES // sites, len(learn) // STEPS))
-    steps = config.epochs * -(-len(learn) // batch)
+    batch = max(1, min(CELLS, len(row_c) // STEPS))
+    steps = config.epochs * -(-len(row_c) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps + 1)
     done = 0
     for epoch in range(config.epochs):
-        shuffled = seeding.generator(seed, "genomics.mixture.order", epoch).permutation(learn)
+        shuffled = seeding.generator(seed, "genomics.mixture.order", epoch).permutation(len(row_c))
         for at in _parts(shuffled, batch):
-            logit_nlc = torch.from_numpy(seen_nlf[at, :, :inputs].astype(np.float32))
+            logit_cc = torch.from_numpy(seen_nlf[row_c[at], site_c[at], :inputs].astype(np.float32))
             out = network(torch.from_numpy((features_of(at) - mean) / scale))
-            logit = torch.exp(out[..., -2]) * (torch.softmax(out[..., :-2], -1) * logit_nlc).sum(-1) + out[..., -1]
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                logit, torch.from_numpy(target_nl[at].astype(np.float32))
-            )
+            logit = torch.exp(out[..., -2]) * (torch.softmax(out[..., :-2], -1) * logit_cc).sum(-1) + out[..., -1]
+            allele = torch.from_numpy(target_nl[row_c[at], site_c[at]].astype(np.float32))
+            times = torch.from_numpy(times_c[at])
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, allele, times, reduction="sum")
+            loss = loss / (len(at) * float(times_c.mean()))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -231,7 +281,7 @@ def train(
     weights = {"mean": mean, "scale": scale}
     for i, layer in enumerate(each for each in network if isinstance(each, torch.nn.Linear)):
         weights[f"w{i}"], weights[f"b{i}"] = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-    made = Mixture(list(specs), config.inputs, weights, hardness_l, 0.0, 0.0, 0, 0.0)
+    made = Mixture(list(specs), config.inputs, weights, hardness_l, 0.0, 0.0, 0, 0.0, trees)
     nats_n, single_nc = np.empty(len(judge)), np.empty((len(judge), inputs))
     for at in _parts(judge, BATCH):
         nats_n[at] = chains.nats(made.logits(seen_nlf[at], panel), target_nl[at]).sum(axis=1)
@@ -239,8 +289,30 @@ def train(
     return Mixture(
         list(specs), config.inputs, weights, hardness_l, float(nats_n.mean()),
         float(nats_n.std(ddof=1) / len(nats_n) ** 0.5) if len(nats_n) > 1 else 0.0, len(nats_n),
-        float(single_nc.mean(axis=0).max()),
+        float(single_nc.mean(axis=0).max()), trees,
     )  # fmt: skip
+
+
+def _clusters(
+    panel: BankPanel, first_haplotype: np.ndarray, people: np.ndarray, sizes: Sequence[int], seed: int
+) -> tuple[tuple[Trees, ...], Predictions]:
+    """Clusters of the whole panel, and what those of others (FOLDS folds of all people) foretell of `people`'s haplotypes."""
+    samples = len(first_haplotype) - 1
+    alleles_nl = bits.unpack(bits.transpose(panel.bits_lw, panel.k), len(panel.bits_lw)) if len(sizes) else None
+    fold_s = seeding.generator(seed, "genomics.mixture.folds").permutation(samples) % FOLDS
+    row_n = np.concatenate([np.arange(first_haplotype[s], first_haplotype[s + 1]) for s in people])
+    made = np.empty((2, len(row_n), len(panel.bits_lw), len(sizes)), np.float32)
+    fold_k = np.repeat(fold_s, np.diff(first_haplotype))
+    trees = []
+    for e, size in enumerate(sizes):
+        assert alleles_nl is not None
+        own_seed = seeding.derived_seed(seed, f"genomics.mixture.clusters.{e}")
+        trees.append(clusters.learn(alleles_nl, panel.contig_start_l, size, seed=own_seed))
+        for fold in range(FOLDS):
+            others = clusters.learn(alleles_nl[fold_k != fold], panel.contig_start_l, size, seed=own_seed)
+            at = np.flatnonzero(fold_k[row_n] == fold)
+            made[0, at, :, e], made[1, at, :, e] = clusters.foretell(others, alleles_nl[row_n[at]])
+    return tuple(trees), Predictions(*made)
 
 
 def _parts(index: np.ndarray, size: int) -> list[np.ndarray]:

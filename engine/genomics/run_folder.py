@@ -52,6 +52,8 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
     if model.mixture is not None:
         tensors["mix.hardness_l"] = model.mixture.hardness_l
         tensors |= {f"mix.{name}": values for name, values in model.mixture.weights.items()}
+        for e, trees in enumerate(model.mixture.trees):
+            tensors |= {f"trees{e}.{name}": values for name, values in trees._asdict().items()}
     if model.samples.group is not None:
         tensors["sample_group"] = _text(model.samples.group)
     if model.samples.sex is not None:
@@ -68,7 +70,7 @@ def save(model: LiStephens, run_folder: str | Path, *, inputs: Sequence[str | Pa
     with atomic.atomic_folder(run_folder) as folder:
         checkpoint = folder / _CHECKPOINT
         checkpoint.mkdir(parents=True)
-        dtypes = {**_TENSORS, **_OPTIONAL, **_MIXTURE}
+        dtypes = {**_TENSORS, **_OPTIONAL, **_MIXTURE, **_trees(_cluster_sets(model.config, model.n_sites))}
         save_file(
             {name: np.ascontiguousarray(values, dtype=dtypes[name]) for name, values in tensors.items()},
             checkpoint / "model.safetensors",
@@ -106,14 +108,16 @@ def load(run_folder: str | Path) -> LiStephens:
         tensors = load_file(checkpoint / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise CorruptRun("a safetensors file", str(error), checkpoint / "model.safetensors") from None
-    needed = set(_TENSORS) | (set(_MIXTURE) if "mixture" in settings else set())
-    _check_keys(set(tensors), needed, set(_OPTIONAL), checkpoint / "model.safetensors")
     if not (run_folder / "config.yaml").is_file():
         raise CorruptRun("config.yaml", "no such file", run_folder)
     try:
         config = load_config(run_folder / "config.yaml")
     except EngineError as error:
         raise CorruptRun("the config that was written", str(error), run_folder / "config.yaml") from None
+    needed = set(_TENSORS)
+    if "mixture" in settings and "distance_l" in tensors:
+        needed |= set(_MIXTURE) | set(_trees(_cluster_sets(config, len(tensors["distance_l"]))))
+    _check_keys(set(tensors), needed, set(_OPTIONAL), checkpoint / "model.safetensors")
     group, sex = tensors.get("sample_group"), tensors.get("sample_sex")
     sites = Sites(
         np.array(_lines(tensors["contig"]), dtype=str), tensors["position_bp"], _objects(tensors["id"]),
@@ -147,13 +151,31 @@ def _genealogy(values: Any, path: Path) -> Genealogy | None:
 def _mixture(figures: Any, config: LiStephensConfig, tensors: dict[str, np.ndarray], path: Path) -> Mixture | None:
     if figures is None or config.mix is None:
         return None
+    from engine.genomics.clusters import Trees
     from engine.genomics.mixture import Mixture
 
     weights = {name.removeprefix("mix."): tensors[name] for name in _MIXTURE}
+    trees = [
+        Trees(*(tensors[f"trees{e}.{name}"] for name in Trees._fields))
+        for e in range(_cluster_sets(config, len(tensors["distance_l"])))
+    ]
     try:
-        return Mixture(config.bank, config.mix.inputs, weights, weights.pop("hardness_l"), **figures)
+        return Mixture(
+            config.bank, config.mix.inputs, weights, weights.pop("hardness_l"), trees=tuple(trees), **figures
+        )
     except TypeError as error:
         raise CorruptRun("figures of a mixture", str(error), path) from None
+
+
+def _cluster_sets(config: LiStephensConfig, sites: int) -> int:
+    """How many sets of clusters a model of this config over so many sites has."""
+    return 0 if config.mix is None or sites > config.mix.cluster_sites else len(config.mix.clusters)
+
+
+def _trees(sets: int) -> dict[str, Any]:
+    """Names and dtypes of their tables."""
+    own = {"parent_l": np.int64, "alt_sla": np.float32, "share_s": np.float32}
+    return {f"trees{e}.{name}": dtype for e in range(sets) for name, dtype in own.items()}
 
 
 def checksum(run_folder: str | Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import CorruptRun, UsageError
-from engine.genomics import chains, commands, li_stephens, mixture
+from engine.genomics import chains, clusters, commands, li_stephens, mixture
 from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
 from engine.genomics.li_stephens import LiStephensConfig, fit
 from engine.genomics.mixture import Mixture
@@ -46,13 +46,13 @@ def config(**more):
     )
 
 
-def any_mixture(sites: int, inputs: list[int], seed: int) -> Mixture:
+def any_mixture(sites: int, inputs: list[int], seed: int, trees=()) -> Mixture:
     """Weights at random, so that no part of the network is without effect."""
-    rng, c = np.random.default_rng(seed), len(inputs)
+    rng, c = np.random.default_rng(seed), len(inputs) + len(trees)
     shapes = {"w0": (8, 4 * c + 6), "b0": (8,), "w1": (8, 8), "b1": (8,), "w2": (c + 2, 8), "b2": (c + 2,)}
     weights = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
     weights |= {"mean": np.zeros(4 * c + 6, np.float32), "scale": np.full(4 * c + 6, 3, np.float32)}
-    return Mixture(BANK, inputs, weights, rng.random(sites).astype(np.float32), 0.0, 0.0, 0, 0.0)
+    return Mixture(BANK, inputs, weights, rng.random(sites).astype(np.float32), 0.0, 0.0, 0, 0.0, trees)
 
 
 def test_sequences_sum_to_one():
@@ -62,6 +62,10 @@ def test_sequences_sum_to_one():
         bits.pack((rng.random((7, 5)) < 0.5).astype(np.uint8)), 5, np.full(7, 1e-5), np.full(7, 0.01), np.arange(7) == 0
     )
     every_nl = np.array(list(itertools.product((0, 1), repeat=7)), dtype=np.uint8)
+    trees = clusters.learn((rng.random((20, 7)) < 0.5).astype(np.uint8), np.arange(7) == 0, 3)
+    assert np.exp(any_mixture(7, [1, 2], 4, (trees,)).log_likelihood(panel, every_nl)).sum() == pytest.approx(
+        1, abs=1e-5
+    )
     made = any_mixture(7, [1, 2, 3], 1)
     nats_n = made.log_likelihood(panel, every_nl)
     assert np.exp(nats_n).sum() == pytest.approx(1, abs=1e-5)
@@ -69,7 +73,8 @@ def test_sequences_sum_to_one():
     for site in range(7):  # what is foretold of a site does not change with it, nor with what follows
         changed_nl = every_nl ^ (np.arange(7) >= site).astype(np.uint8)
         seen, others = (
-            mixture._seen(mixture._bank(BANK, panel), [1, 2, 3], panel, x, None) for x in (every_nl, changed_nl)
+            mixture._seen(mixture._bank(BANK, panel), [1, 2, 3], panel, x, None, mixture._foretold((), x))
+            for x in (every_nl, changed_nl)
         )
         np.testing.assert_array_equal(
             made.logits(seen, panel)[:, : site + 1], made.logits(others, panel)[:, : site + 1]
@@ -124,9 +129,29 @@ def test_leave_one_out_takes_the_person_out():
     assert (within > left).all()
     one, others = panel.select(samples=np.array([0])), panel.select(samples=np.arange(1, 40))
     rest = model.bank_panel()._replace(bits_lw=others.bits_lw, k=78)  # at the same rates only donors differ
-    seen = mixture._seen(mixture._bank(BANK, rest), [1, 2, 3], rest, one.alleles_nl(), None)
-    logit_nl = model.mixture.logits(seen, model.bank_panel())
-    np.testing.assert_allclose(left[:2], chains.nats(logit_nl, one.alleles_nl()).sum(axis=1), atol=1e-3)
+    np.testing.assert_allclose(left[:2], model.mixture.log_likelihood(rest, one.alleles_nl()), atol=1e-3)
+
+
+def test_clusters_are_mixed_in_and_kept(tmp_path):
+    """They help where chains do not know whom to copy; the run folder has them; many sites have none."""
+    everybody = two_peoples(130, 60, 5)
+    panel, unseen = everybody.select(samples=np.arange(100)), everybody.select(samples=np.arange(100, 130))
+    without, settings = (
+        LiStephensConfig(
+            ne=50_000, mismatch=0.01, bank=BANK,
+            mix=MixConfig(inputs=[2, 3], hidden=8, held_out=0.3, epochs=6, clusters=sets, cluster_sites=60),
+        )
+        for sets in ([], [4, 9])
+    )  # fmt: skip
+    model = fit(panel, settings)
+    assert len(model.mixture.trees) == 2
+    nats_n = model.log_likelihood(unseen, mixed=True)
+    gained_n = nats_n - fit(panel, without).log_likelihood(unseen, mixed=True)
+    assert gained_n.mean() > 2 * gained_n.std() / len(gained_n) ** 0.5
+    model.save(tmp_path / "run")
+    np.testing.assert_array_equal(li_stephens.load(tmp_path / "run").log_likelihood(unseen, mixed=True), nats_n)
+    fewer = settings.model_copy(update={"mix": settings.mix.model_copy(update={"cluster_sites": 59, "epochs": 1})})
+    assert fit(panel, fewer).mixture.trees == ()
 
 
 def test_a_run_is_scored_by_its_mixture(tmp_path):
