@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from engine.cohort import joint
 from engine.cohort.tables import read_table
 from engine.cohort.write import verify
 from engine.errors import UsageError
+from engine.imaging import audit_judges
+from engine.release.audit_run import run_audit
 from engine.release.manifest import release
 from engine.release.manifest import verify as verify_release
 
@@ -32,14 +35,23 @@ imaging_overrides:
 """
 
 
+# Draws behind the audits' own rates, and scans laid on others: fewer than a demo takes, because tests/audit and
+# tests/imaging look at what they say.
+RATES = "contamination_repeats: 4\nhonest_repeats: 1\n"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(folder, config, summary) of a demo with models too small to be good."""
+    """(folder, config, summary) of a demo with models too small to be good; audits are short while the module runs."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / "policy.yaml").write_text(RATES)
     config = folder / "demo.yaml"
     heads = Path(demo.__file__).resolve().parents[1] / "configs" / "cohort" / "heads.yaml"
     config.write_text(CONFIG.replace("IMAGING", str(heads)))
-    return folder / "out", config, demo.run_demo(folder / "out", config=config, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "run_audit", partial(run_audit, policy=folder / "policy.yaml"))
+        patch.setattr(audit_judges, "CANDIDATES", 2)
+        yield folder / "out", config, demo.run_demo(folder / "out", config=config, seed=3)
 
 
 def test_every_stage_leaves_its_folder_with_provenance(finished) -> None:
