@@ -7,6 +7,15 @@ Each seed holds out a fifth of the people (`engine genomics split --seed`), fits
 haplotypes (none of whom any model has seen), makes as many people as were held out and evaluates them against these. One
 JSON line per model and seed is added to OUT/rows.jsonl, and what is there is not done again; then the table is printed: mean
 over seeds, and in brackets least and most. Configs are those of the repository; `--limit` gives the transformer a cap of steps.
+
+    python perf/genomics/compare_models.py PANEL ... --cross-fit 4 --judged 400 --out runs/cross-fit
+
+says what the mixture of chains has on unseen people when it is fitted to all of PANEL: people fall into folds, all that is
+learned (rates, clusters, network) is learned from the other folds alone, and then each person of the fold is scored with the
+whole panel but the person to copy from. The probability of a haplotype so depends on nobody's alleles but those of other people
+(a test sums it over all sequences of one). `--judged` people at random in all, `--folds` does some folds only;
+OUT/cross_fit.jsonl keeps one line per fold, with every haplotype's nats. Printed are the mean and its standard error, and the
+gain over plain Li-Stephens, paired.
 """
 
 from __future__ import annotations
@@ -14,15 +23,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine import seeding
 from engine.genomics import baselines, li_stephens
 from engine.genomics.evaluate import evaluate
 from engine.genomics.panel import HaplotypePanel, read_panel
+from engine.genomics.relatedness import families
 from engine.genomics.split import held_out
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "genomics"
@@ -85,6 +97,63 @@ def row(name: str, fit: Callable[[], Any], known: HaplotypePanel, unseen: Haplot
     }  # fmt: skip
 
 
+def fold_of(panel: HaplotypePanel, folds: int, seed: int) -> np.ndarray:
+    """int64 (S,): the fold of each person, at random; families stay together."""
+    head_of = families(panel)
+    heads = sorted(set(head_of.values()))
+    at = seeding.generator(seed, "perf.compare_models.folds").permutation(len(heads)) % folds
+    place = dict(zip(heads, at.tolist(), strict=True))
+    return np.array([place[head_of[name]] for name in panel.samples.ids], np.int64)
+
+
+def cross_fitted(
+    whole: HaplotypePanel, away: np.ndarray, judged: np.ndarray, config: li_stephens.LiStephensConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods of the haplotypes of `judged`, nats, float64 (N,) each: by the mixture, and by plain Li-Stephens.
+
+    Args:
+        away: bool (S,), the fold: people of whom nothing is learned. judged: int64, people of the fold.
+    """
+    model = li_stephens.fit(whole.select(samples=~away), config)
+    plain = li_stephens.fit(whole, li_stephens.LiStephensConfig(ne=config.ne, mismatch=config.mismatch))
+    complete = replace(
+        plain, config=config, mismatch_l=model.mismatch_l, learned_l=model.learned_l, mixture=model.mixture
+    )
+    unseen = whole.select(samples=judged)
+    return (
+        complete.log_likelihood(unseen, leave_one_out=True, mixed=True),
+        plain.log_likelihood(unseen, leave_one_out=True),
+    )
+
+
+def cross_fit(whole: HaplotypePanel, config: li_stephens.LiStephensConfig, folds: int, only: Sequence[int], judged: int,
+              file: Path) -> str:  # fmt: skip
+    """Every fold of `only` that is not in `file` yet, one line each; then what all lines say."""
+    fold_s = fold_of(whole, folds, config.seed)
+    chosen_s = np.zeros(whole.n_samples, bool)
+    chosen_s[seeding.generator(config.seed, "perf.compare_models.judged").permutation(whole.n_samples)[:judged]] = True
+    read = lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []  # noqa: E731
+    for fold in only:
+        if any(r["fold"] == fold for r in read()):
+            continue
+        began = time.process_time()
+        mixed_n, plain_n = cross_fitted(whole, fold_s == fold, np.flatnonzero(chosen_s & (fold_s == fold)), config)
+        line = {
+            "fold": fold, "folds": folds, "reference_haplotypes": whole.n_haplotypes, "mixed": mixed_n.tolist(),
+            "plain": plain_n.tolist(), "cpu_seconds": round(time.process_time() - began, 1),
+        }  # fmt: skip
+        with file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+    rows = read()
+    mixed_n, plain_n = (np.concatenate([r[name] for r in rows]) for name in ("mixed", "plain"))
+    said = lambda v: f"{v.mean():.2f} +- {v.std(ddof=1) / len(v) ** 0.5:.2f}"  # noqa: E731
+    by_fold = ", ".join(f"{np.mean(r['mixed']) - np.mean(r['plain']):.2f}" for r in rows)
+    return (
+        f"n = {len(mixed_n)} of {len(rows)} folds: mixture {said(mixed_n)}, plain {said(plain_n)}, "
+        f"gain {said(mixed_n - plain_n)} nats per haplotype; by fold {by_fold}"
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| model | seeds | nats per haplotype | " + " | ".join(FIGURES) + " | CPU s to fit |"]
@@ -114,10 +183,19 @@ def main() -> None:
         "--models", nargs="+", default=["independent", "markov", "hapnest", "li_stephens", "mixture", "transformer"]
     )
     parser.add_argument("--limit", type=int, default=500, help="steps of the transformer")
+    parser.add_argument("--cross-fit", type=int, metavar="FOLDS", help="the mixture fitted to all people, by folds")
+    parser.add_argument("--folds", type=int, nargs="+", help="with --cross-fit: these folds, from 0; all without")
+    parser.add_argument("--judged", type=int, default=10**9, help="with --cross-fit: people who judge, in all folds")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of copying_bank.yaml")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     whole = read_panel(given.panel, map=given.map, samples_tsv=given.samples)
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.cross_fit:
+        config = li_stephens.load_config(CONFIGS / "copying_bank.yaml", given.set)
+        only = range(given.cross_fit) if given.folds is None else given.folds
+        print(cross_fit(whole, config, given.cross_fit, only, given.judged, given.out / "cross_fit.jsonl"))
+        return
     file = given.out / "rows.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     for name in given.models:
