@@ -23,10 +23,8 @@ import numpy as np
 
 from engine import seeding
 
-FREQUENCY_PRIOR, TABLE_PRIOR = (
-    4.0,
-    20.0,
-)  # haplotypes of a cluster that the panel's frequencies, the common shift, weigh as
+FREQUENCY_PRIOR = 4.0  # haplotypes of a cluster that the panel's frequencies weigh as
+TABLE_PRIOR = 20.0  # and the shift of the log-odds that all clusters share
 BACK = 6  # sites before, among which the parent is
 LEAST_INFORMATION = 0.006  # nats per haplotype, below which a site has no parent: 3,200 haplotypes make 0.002 by chance
 ROUNDS, TREE_ROUNDS = 20, 4

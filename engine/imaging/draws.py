@@ -17,7 +17,7 @@ from engine.imaging.context import flagged, joined, other_scans, with_baseline
 from engine.imaging.dataset import Covariate, Row, Scans, condition
 from engine.imaging.denoiser import Condition
 from engine.imaging.flow import training_times
-from engine.imaging.labels import channels_of, codes_from, map_context
+from engine.imaging.labels import map_context
 from engine.imaging.latents import Latents, view_move
 
 FlowBatch = tuple[Tensor, Tensor, Tensor, Condition]
@@ -90,8 +90,7 @@ def flow_batch(
             pairs.append((other, mean[0, other] + deviation[0, other] * again, known, draw.random(covariates)))
         if data.codes_g:
             labels, spacing = len(config.data.labels), data.spacing_g[grid][index]
-            channels = channels_of(data.codes_g[grid][index], labels)
-            code = torch.from_numpy(codes_from(view_move(config, index, view).of(channels, spacing, 0)))
+            code = torch.from_numpy(view_move(config, index, view).of_codes(data.codes_g[grid][index], spacing, labels))
             one = map_context(code[None], labels, config.autoencoder.factor, config.map_fold)
             maps.append(one * float(draw.random() >= flow.condition_drop))
         x0.append(mean[view, index] + deviation[view, index] * redrawn)

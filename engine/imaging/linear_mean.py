@@ -109,10 +109,10 @@ class LinearMean(nn.Module):
         with torch.no_grad():
             self.centre_k.copy_(centre.float())
             self.weight_kcdhw.copy_(made)
-        if self.direction_kcdhw is None and self.rate_jk is None:
+        pairs = [(row, own[0]) for row, own in enumerate(others) if own[0] != row]
+        if self.direction_kcdhw is None and not pairs:
             return ridge
         residual = latent - (made[0] + torch.einsum("bk,k...->b...", design.float(), made[1:])).flatten(1)
-        pairs = [(row, own[0]) for row, own in enumerate(others) if own[0] != row]
         changes = self._set_rates(residual, row_bk, given_bk, pairs) if pairs else None
         if self.direction_kcdhw is not None:
             self._set_components(residual, changes)

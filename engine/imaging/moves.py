@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from engine import seeding
 from engine.imaging.dataset import shifted
+from engine.imaging.labels import channels_of, codes_from
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Move:
         if self.angles is not None:
             x_cdhw = np.stack([_turned(x, self.angles, spacing_mm, k < images) for k, x in enumerate(x_cdhw)])
         return shifted(x_cdhw, self.offset)
+
+    def of_codes(self, codes_dhw: np.ndarray, spacing_mm: np.ndarray, labels: int) -> np.ndarray:
+        """A label map as codes 0 .. labels, uint8 (d, h, w), moved as `of` moves channels of labels."""
+        if self.angles is None:
+            return np.array(shifted(codes_dhw[None], self.offset)[0])
+        return codes_from(self.of(channels_of(codes_dhw, labels), spacing_mm, 0))
 
 
 def random_move(seed: int, index: int, shift_voxels: int, turn_degrees: float, purpose: str = "shift") -> Move:

@@ -86,7 +86,9 @@ def test_what_the_autoencoder_sees_is_turned_where_the_config_says_so(tiny_confi
 def test_neighbouring_labels_stay_neighbours():
     codes = np.zeros((20, 20, 20), dtype=np.uint8)
     codes[4:16, 6:14, 4:10], codes[4:16, 6:14, 10:16] = 1, 2
-    turned = codes_from(Move((0, 0, 0), (9.0, 12.0, -7.0)).of(channels_of(codes, 2), ONE_MM, 0))
+    turned = Move((0, 0, 0), (9.0, 12.0, -7.0)).of_codes(codes, ONE_MM, 2)
+    shift = Move((1, 0, -2))
+    assert np.array_equal(shift.of_codes(codes, ONE_MM, 2), codes_from(shift.of(channels_of(codes, 2), ONE_MM, 0)))
     inner = ndimage.binary_erosion(turned > 0, iterations=1)
     holes = ndimage.binary_fill_holes(turned > 0) & (turned == 0)
     assert inner.sum() > 400
