@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 
 SITES = (0, 1, 31, 32, 33, 63, 64, 65, 131, 257)
@@ -124,13 +120,3 @@ def poison(monkeypatch):
         return array
 
     monkeypatch.setattr(np, "empty", poisoned_empty)
-
-
-def run_python(code, timeout=600, **environment):
-    """Standard output of a script in a process of its own, for what is decided at import."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()

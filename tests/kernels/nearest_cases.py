@@ -5,9 +5,6 @@ Python.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 
@@ -172,13 +169,3 @@ def same(got, wanted):
     for g, w in zip(got, wanted):
         assert g.dtype == w.dtype
         np.testing.assert_array_equal(g, w, strict=True)
-
-
-def run_python(code, **environment):
-    """Standard output of `code` in a process of its own; TRITON_INTERPRET only as given."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,9 @@ import pytest
 from engine.errors import Unsupported, UsageError
 from engine.kernels import bits
 from engine.kernels.bits import lookups, tiles
+
+sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
 
 SIZES = [0, 1, 63, 64, 65, 127, 521]
 
@@ -166,14 +168,6 @@ def test_the_door_refuses_what_it_cannot_do():
         bits.pack(np.zeros((1, 3), dtype=np.uint8), implementation="fast")  # type: ignore[arg-type]
 
 
-def run_python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -209,7 +203,7 @@ wide = torch.full((2, 300), -1, dtype=torch.int64)
 assert bits.popcount_rows(wide).tolist() == [19200, 19200]
 print("done")
 """
-    assert run_python(code, TRITON_INTERPRET="1").strip() == "done"
+    assert run_python(code, 900, TRITON_INTERPRET="1") == "done"
 
 
 @needs_triton
@@ -246,7 +240,7 @@ for kernel, signature, constants in cases:
             assert "popc" in made.asm["ptx"]
 print("done")
 """
-    assert run_python(code, TRITON_INTERPRET="0").strip() == "done"
+    assert run_python(code, 900, TRITON_INTERPRET="0") == "done"
 
 
 @pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
@@ -287,8 +281,4 @@ def test_whether_there_are_lookups_is_asked_of_the_named_processor():
     for name, wanted in (("haswell", True), ("sandybridge", False), ("nehalem", False)):
         if platform.machine() != "x86_64":
             pytest.skip("names of x86 processors")
-        told = subprocess.run(
-            [sys.executable, "-c", probe], capture_output=True, text=True,
-            env=os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""},
-        )  # fmt: skip
-        assert told.stdout.strip() == str(wanted), told.stderr
+        assert run_python(probe, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="") == str(wanted)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
-from triton_aot import compile_jobs
+from child_python import run_python
+from triton_aot import compile_jobs, typed
 
 IN_THE_INTERPRETER = (
     f"""
@@ -96,29 +95,32 @@ print("the same")
 
 
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], capture_output=True, text=True, timeout=900,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("the same")
+    assert run_python(IN_THE_INTERPRETER, 900, TRITON_INTERPRET="1").endswith("the same")
 
 
 def jobs(arch) -> list[dict]:
-    def of(kind: str, *names: str) -> dict[str, str]:
-        return {f"{name}_ptr" if kind.startswith("*") else name: kind for name in names}
-
     made = []
     strides = ("base_stride", "state_stride", "row_stride")
     for state in ("*fp32", "*fp64"):
-        common = of("*i32", "bits", "parent") | of("*u8", "target") | of("*fp64", "switch", "mismatch", "floor", "sums")
-        common |= of(state, "base", "state") | of("i64", "state_stride", "row_stride")
-        common |= of(
+        common = (
+            typed("*i32", "bits", "parent")
+            | typed("*u8", "target")
+            | typed("*fp64", "switch", "mismatch", "floor", "sums")
+        )
+        common |= typed(state, "base", "state") | typed("i64", "state_stride", "row_stride")
+        common |= typed(
             "i32", "first_site", "stop_site", "sites", "half_words", "k", "chains", "base_stride", "sums_stride"
         )
-        walk = common | of("*i32", "member", "begin") | of("*fp32", "logit", "donors") | of("i32", "sums_row_stride")
-        retreat = common | of("*i32", "wanted") | of(state, "back") | of("*fp64", "carry") | of("i32", "wanted")
-        retreat |= of("*fp32", "switched", "differs")
+        walk = (
+            common
+            | typed("*i32", "member", "begin")
+            | typed("*fp32", "logit", "donors")
+            | typed("i32", "sums_row_stride")
+        )
+        retreat = (
+            common | typed("*i32", "wanted") | typed(state, "back") | typed("*fp64", "carry") | typed("i32", "wanted")
+        )
+        retreat |= typed("*fp32", "switched", "differs")
         for uniform in (True, False):
             made.append({
                 "kernel": "bank_walk_kernel", "signature": walk,

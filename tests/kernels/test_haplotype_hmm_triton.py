@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import pytest
 from engine.kernels import haplotype_hmm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from triton_aot import compile_jobs
+from child_python import run_python
+from triton_aot import compile_jobs, typed
 
 IN_THE_INTERPRETER = (
     f"""
@@ -103,41 +102,38 @@ print("the same")
 
 
 def test_triton_equals_reference_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], capture_output=True, text=True, timeout=900,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("the same")
+    assert run_python(IN_THE_INTERPRETER, 900, TRITON_INTERPRET="1").endswith("the same")
 
 
 def jobs(arch) -> list[dict]:
-    def of(kind: str, *names: str) -> dict[str, str]:
-        return {f"{name}_ptr" if kind.startswith("*") else name: kind for name in names}
-
     made = []
     for state in ("*fp32", "*fp64"):
-        common = of("*i32", "bits") | of("*u8", "target") | of("*fp64", "switch", "mismatch") | of(state, "prior")
-        counts = of("i32", "sites", "half_words", "prior_stride", "padded")
-        strides = of("i64", "state_stride", "row_stride")
+        common = (
+            typed("*i32", "bits")
+            | typed("*u8", "target")
+            | typed("*fp64", "switch", "mismatch")
+            | typed(state, "prior")
+        )
+        counts = typed("i32", "sites", "half_words", "prior_stride", "padded")
+        strides = typed("i64", "state_stride", "row_stride")
         walk = (
             common
             | counts
             | strides
-            | of("*fp64", "redraw", "prior_a", "of_group", "mantissa")
-            | of("*i64", "exponent")
+            | typed("*fp64", "redraw", "prior_a", "of_group", "mantissa")
+            | typed("*i64", "exponent")
         )
-        walk |= of("i32", "first_site", "stop_site", "groups") | of(state, "state")
+        walk |= typed("i32", "first_site", "stop_site", "groups") | typed(state, "state")
         for uniform in (True, False):
             made.append({
                 "kernel": "forward_kernel", "num_warps": 8,
-                "signature": common | counts | of("*fp64", "result") | of("i32", "n_targets", "k"),
+                "signature": common | counts | typed("*fp64", "result") | typed("i32", "n_targets", "k"),
                 "constexprs": {"TARGETS": 2, "WORDS": 128, "MORE_WORDS": 32, "UNIFORM": uniform, "FULL": True},
             })  # fmt: skip
         made.append({"kernel": "walk_kernel", "signature": walk, "constexprs": {"GROUPS": 4, "TILE": 1024}})
         outputs = ("dosage", "differs", "switched", "redrawn", "of_group_out", "of_label", "top_weight", "carry")
-        smooth = walk | of("*fp64", *outputs) | of("*i32", "top_state", "label") | of(state, "h", "gamma")
-        smooth |= of("i32", "k", "labels", "top") | of("i64", "gamma_stride", "gamma_site_stride")
+        smooth = walk | typed("*fp64", *outputs) | typed("*i32", "top_state", "label") | typed(state, "h", "gamma")
+        smooth |= typed("i32", "k", "labels", "top") | typed("i64", "gamma_stride", "gamma_site_stride")
         for posterior in (True, False):
             made.append({
                 "kernel": "smooth_kernel", "signature": smooth,
@@ -145,10 +141,10 @@ def jobs(arch) -> list[dict]:
             })  # fmt: skip
         draw = {name: walk[name] for name in walk if name.split("_ptr")[0] not in
                 ("bits", "target", "mismatch", "mantissa", "exponent", "half_words")}  # fmt: skip
-        draw |= of("*fp64", "uniform") | of("*i32", "path") | of("i32", "k")
+        draw |= typed("*fp64", "uniform") | typed("*i32", "path") | typed("i32", "k")
         made.append({"kernel": "draw_kernel", "signature": draw, "constexprs": {"GROUPS": 4, "TILE": 1024}})
-    counts = of("i32", "n_haplotypes", "sites", "half_words", "made_half_words", "first_site", "search_steps")
-    mosaic = of("*i32", "bits", "donor", "made") | of("*i64", "offset", "start", "flip_offset", "flip") | counts
+    counts = typed("i32", "n_haplotypes", "sites", "half_words", "made_half_words", "first_site", "search_steps")
+    mosaic = typed("*i32", "bits", "donor", "made") | typed("*i64", "offset", "start", "flip_offset", "flip") | counts
     made.append({"kernel": "materialise_kernel", "num_warps": 1, "signature": mosaic, "constexprs": {"SITES": 64}})
     return [job | {"module": "engine.kernels.haplotype_hmm.triton_kernels", "arch": arch} for job in made]
 

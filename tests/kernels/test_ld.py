@@ -16,6 +16,7 @@ from engine.errors import Unsupported, UsageError
 from engine.kernels import ld
 
 sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
 from ld_panels import (
     KINDS,
     SITES,
@@ -28,7 +29,6 @@ from ld_panels import (
     pack,
     poison,
     positions,
-    run_python,
     same,
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ld_panels import run_python
+from child_python import run_python
 from triton_aot import compile_jobs
 
 pytest.importorskip("triton")

@@ -17,6 +17,7 @@ from engine.errors import Unsupported, UsageError
 from engine.kernels import bits, nearest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
 from nearest_cases import (
     EXCLUSIONS,
     brute_range,
@@ -30,7 +31,6 @@ from nearest_cases import (
     ibs_by_hand,
     pack,
     people,
-    run_python,
     same,
 )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from nearest_cases import run_python
+from child_python import run_python
 
 pytest.importorskip("triton")
 ROOM = Path(__file__).resolve().parents[2] / "engine" / "kernels" / "nearest"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from engine.errors import Unsupported, UsageError
 from engine.kernels import patches
 
 sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
 from triton_aot import compile_jobs
 
 BORDERS = ("constant", "edge", "reflect", "symmetric", "wrap")
@@ -438,7 +437,7 @@ def peak(depth):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(peak(64), peak(2000))
 """
-    small, large = map(float, run_python(code, NUMBA_NUM_THREADS="1").split())
+    small, large = map(float, run_python(code, 900, NUMBA_NUM_THREADS="1").split())
     assert large - small < 4  # MiB; the volume has 195 MiB as float32
 
 
@@ -523,15 +522,6 @@ def test_a_named_implementation_is_never_replaced():
 # --- other processors
 
 
-def run_python(code, **environment):
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
 def test_avx2_path_is_right_and_compiled_functions_are_cached(tmp_path):
     code = """
 import json
@@ -548,8 +538,8 @@ print(json.dumps(["zmm" in code, "ymm" in code, *(sum(s.cache_hits.values()) for
     variables = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     if not numba.core.codegen.get_host_cpu_features().count("+avx2"):
         pytest.skip("no AVX2 here")
-    assert json.loads(run_python(code, **variables)) == [False, True, 0, 0]
-    assert json.loads(run_python(code, **variables))[2:] == [1, 1]
+    assert json.loads(run_python(code, 900, **variables)) == [False, True, 0, 0]
+    assert json.loads(run_python(code, 900, **variables))[2:] == [1, 1]
 
 
 def test_triton_in_its_interpreter():
@@ -613,7 +603,7 @@ except patches.UsageError as error:
     assert "share memory" in str(error)
     print("done")
 """
-    assert run_python(code, TRITON_INTERPRET="1") == "done"
+    assert run_python(code, 900, TRITON_INTERPRET="1") == "done"
 
 
 def test_triton_compiles_ahead_of_time():

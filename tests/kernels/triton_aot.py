@@ -29,6 +29,11 @@ def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+def typed(kind: str, *names: str) -> dict[str, str]:
+    """Part of a job's signature: arguments of one kind; those of pointers end in _ptr."""
+    return {f"{name}_ptr" if kind.startswith("*") else name: kind for name in names}
+
+
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
