@@ -86,7 +86,10 @@ def test_what_the_autoencoder_sees_is_turned_where_the_config_says_so(tiny_confi
 def test_neighbouring_labels_stay_neighbours():
     codes = np.zeros((20, 20, 20), dtype=np.uint8)
     codes[4:16, 6:14, 4:10], codes[4:16, 6:14, 10:16] = 1, 2
-    turned = Move((0, 0, 0), (9.0, 12.0, -7.0)).of_codes(codes, ONE_MM, 2)
+    turn = Move((0, 0, 0), (9.0, 12.0, -7.0))
+    turned = turn.of_codes(codes, ONE_MM, 2)
+    assert np.array_equal(turned, codes_from(turn.of(channels_of(codes, 2), ONE_MM, 0)))
+    assert (turned != codes).sum() > 200
     shift = Move((1, 0, -2))
     assert np.array_equal(shift.of_codes(codes, ONE_MM, 2), codes_from(shift.of(channels_of(codes, 2), ONE_MM, 0)))
     inner = ndimage.binary_erosion(turned > 0, iterations=1)
