@@ -34,6 +34,7 @@ def cases() -> list[Case]:
         _features("cosine", 2_000, 20_000, 512, None, quick=False),
         _features("correlation", 2_000, 20_000, 512, None, quick=False),
         _features("l2", 2_000, 20_000, 512, None, threads=2, quick=False),
+        _features("l2", 10_000, 50_000, 512, None, threads=2, quick=False),
         _patches(500, 2_000, 24),
     ]
 

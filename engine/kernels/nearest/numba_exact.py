@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from engine.kernels.nearest.checks import norms, width
-from engine.kernels.nearest.rows import in_threads, read_float32, tiles
+from engine.kernels.nearest.rows import each_part, in_threads, read_float32, tiles
 
 L2, COSINE, CORRELATION = 0, 1, 2
 METRICS = {"l2": L2, "cosine": COSINE, "correlation": CORRELATION}
@@ -49,7 +49,11 @@ def features_cross(query_nd: Any, database_md: Any, metric: str) -> np.ndarray:
 
 def side(rows_nd: np.ndarray, metric: int) -> Side:
     mean_n, norm_n = np.zeros(len(rows_nd)), np.empty(len(rows_nd))
-    _statistics(rows_nd, metric == CORRELATION, mean_n, norm_n)
+
+    def fill(part: slice) -> None:
+        _statistics(rows_nd[part], metric == CORRELATION, mean_n[part], norm_n[part])
+
+    each_part(fill, len(rows_nd))
     norms(float(norm_n.max(initial=0.0)), "l2" if metric == L2 else "")
     return Side(rows_nd, mean_n, norm_n)
 

@@ -34,6 +34,7 @@ from engine.kernels.nearest.rows import (  # fmt: skip
     NOT_SELF,
     Exclude,
     csr,
+    each_part,
     groups,
     grown,
     in_threads,
@@ -191,7 +192,8 @@ def _geometry(metric: str, query: Side, database_md: Any) -> _Geometry:
         gain, unit, slack = 1.0, 2.0, (axes + 4) * 2.0**-50
     geometry = _Geometry(METRICS[metric], gain, unit, slack, np.zeros(axes))
     gain_n, shift_n, _ = _placed(sample, geometry)
-    centre_d = (gain_n @ sample.rows_nd - shift_n.sum()) / max(1, len(gain_n))
+    # not a product of NumPy's: the threads of its BLAS wait for the next one on processors that the search needs
+    centre_d = (np.einsum("n,nd->d", gain_n, sample.rows_nd) - shift_n.sum()) / max(1, len(gain_n))
     return geometry._replace(centre_d=centre_d)
 
 
@@ -216,19 +218,17 @@ def _coarse(side: Side, geometry: _Geometry, kind: int, wide: int) -> _Coarse:
     start_n = np.zeros(panels * wide, dtype=np.int32)
     if rows:
         placed = _placed(side, geometry)
-        products.pack(
-            side.rows_nd,
-            *placed,
-            geometry.centre_d,
-            kind,
-            wide == ROWS,
-            packed,
-            scale_n,
-            square_n,
-            rest_n,
-            whole_n,
-            start_n,
-        )
+        found = (scale_n, square_n, rest_n, whole_n, start_n)
+
+        def pack(part: slice) -> None:
+            of_panels = packed[part.start // wide : -(-part.stop // wide)]
+            gain_n, shift_n, extra_n = (x[part] for x in placed)
+            made = tuple(x[part] for x in found)
+            products.pack(
+                side.rows_nd[part], gain_n, shift_n, extra_n, geometry.centre_d, kind, wide == ROWS, of_panels, *made
+            )
+
+        each_part(pack, rows, wide)
         size_n[:rows] = np.sqrt(square_n[:rows]) * np.float32(1 + 2.0**-20)
     panel_rest_p, panel_size_p = (x.reshape(panels, wide).max(axis=1, initial=0) for x in (rest_n, size_n))
     return _Coarse(packed, scale_n, square_n, rest_n, whole_n, start_n, size_n, panel_rest_p, panel_size_p)

@@ -55,6 +55,13 @@ def in_threads(job: Callable[[int], Any], number: int) -> list[Any]:
         return list(pool.map(job, range(number)))
 
 
+def each_part(job: Callable[[slice], Any], length: int, multiple: int = 1) -> None:
+    """job(slice) over all of `length` rows, in one part a thread, each of a multiple of `multiple` rows but for the last."""
+    step = -(-length // (multiple * numba.get_num_threads())) * multiple
+    parts = [slice(start, min(length, start + step)) for start in range(0, length, step)] if length else []
+    in_threads(lambda part: job(parts[part]), len(parts))
+
+
 def merged(value_npk: np.ndarray, index_npk: np.ndarray, k: int, *others_npk: np.ndarray) -> tuple[np.ndarray, ...]:
     """The k smallest of the lists of all parts, ties by smallest index: each (N, parts, k) -> (N, k). -1 where there is
     none.
