@@ -131,7 +131,8 @@ class _Item:
 
 
 def _select(wanted: Wanted, root: Path, folder: Path, cache: Path) -> tuple[list[_Item], list[tuple[Bench, str]], int]:
-    """Cases that match, curves after them; bench files that do not load; how many cases only --all would run."""
+    """Cases that match, those with a goal first (a budget may end before the others), curves last; bench files that do
+    not load; how many cases only --all would run."""
     items: list[_Item] = []
     curved: list[_Item] = []
     broken = []
@@ -152,6 +153,7 @@ def _select(wanted: Wanted, root: Path, folder: Path, cache: Path) -> tuple[list
         for name, curve in listing["curves"].items() if wanted.curves else ():
             if find.matches(wanted.pattern, name):
                 curved += [_Item(case, bench, file, name, curve["axis"]) for case in curve["points"]]
+    items.sort(key=lambda item: all(goal is None for goal in item.case["goals"].values()))
     return items + curved, broken, left_out
 
 

@@ -71,6 +71,17 @@ def test_what_the_budget_left_no_time_for_is_a_record(checkout, perf, tmp_path):
     assert (row.status, row.why) == ("not run", "the budget of 0 s was spent")
 
 
+def test_cases_with_a_goal_come_before_a_budget_can_end(checkout, perf, tmp_path):
+    (checkout / "perf" / "bench_tiny.py").write_text(
+        "from perf.case import Case, Peer\ndef cases():\n"
+        "    peers = {'plain': (), 'compared': (Peer('p', len),), 'promised': (Peer('p', len, goal=1),)}\n"
+        "    return [Case(f'tiny.{n}', {}, 1, 'x', lambda: [0], len, peers=p) for n, p in peers.items()]\n"
+    )
+    perf("run", "--no-limits", "--root", checkout, "--history", tmp_path / "h")
+    names = [row.case for row in rows(tmp_path / "h") if row.bench.path == "perf/bench_tiny.py"]
+    assert names == ["tiny.promised", "tiny.plain", "tiny.compared"]
+
+
 def test_a_case_that_never_ends_is_stopped(checkout, perf, tmp_path):
     (checkout / "perf" / "bench_tiny.py").write_text(
         "import time\nfrom perf.case import Case\ndef cases():\n"
