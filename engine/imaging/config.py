@@ -141,6 +141,11 @@ class AutoencoderConfig(Budget):
     turn_degrees: float = Field(
         0.0, ge=0, le=45, description="augmentation: random turns of at most this about each axis; costs interpolation"
     )
+    bend_mm: float = Field(
+        0.0,
+        ge=0,
+        description="augmentation: smooth random bends that keep volumes, root mean square; costs interpolation",
+    )
     adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
     adversarial_start: float = Field(0.5, ge=0, le=1, description="share of the stage after which it joins")
     discriminator_width: int = Field(16, ge=4)
@@ -150,8 +155,8 @@ class AutoencoderConfig(Budget):
 
     @model_validator(mode="after")
     def _whole_or_crops(self) -> AutoencoderConfig:
-        if self.crop_size is not None and self.turn_degrees:
-            raise ValueError("turn_degrees turns whole volumes: leave it out where crop_size is given")
+        if self.crop_size is not None and (self.turn_degrees or self.bend_mm):
+            raise ValueError("turn_degrees and bend_mm move whole volumes: leave them out where crop_size is given")
         return self
 
     @property
@@ -196,6 +201,7 @@ class FlowConfig(Budget):
     views: int = Field(4, ge=1, description="latents per training volume: the volume itself and moved copies")
     shift_voxels: int = Field(1, ge=0, description="the copies are shifted by at most this")
     turn_degrees: float = Field(0.0, ge=0, le=45, description="and turned by at most this about each axis")
+    bend_mm: float = Field(0.0, ge=0, description="and bent smoothly, volumes kept, by this root mean square")
 
 
 class SamplingConfig(_Section):

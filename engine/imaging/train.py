@@ -376,7 +376,7 @@ def moved(x_cdhw: np.ndarray, spacing_mm: np.ndarray, config: ImagingConfig, pos
     budget = config.autoencoder
     crop = budget.crop_size
     if crop is None:
-        move = random_move(config.seed, position, budget.shift_voxels, budget.turn_degrees)
+        move = random_move(config.seed, position, budget.shift_voxels, budget.turn_degrees, budget.bend_mm)
         return move.of(x_cdhw, spacing_mm, int(config.data.image_channels))
     draw = seeding.generator(config.seed, "imaging.crop", position)
     starts = [int(draw.integers(n - c + 1)) for n, c in zip(x_cdhw.shape[1:], crop)]

@@ -1,4 +1,4 @@
-"""Moves of training volumes: rigid in millimetres, the same for image and labels, and whole voxels where nothing turns."""
+"""Moves of training volumes: in millimetres, volumes kept, image and labels alike; whole voxels where nothing turns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 from scipy import ndimage
 
 from engine.errors import InputError
+from engine.imaging import moves
 from engine.imaging.config import apply_overrides, parse_config
 from engine.imaging.labels import channels_of, codes_from
-from engine.imaging.moves import Move, random_move
+from engine.imaging.moves import Move, bend_mm, random_move
 from engine.imaging.train import moved
 
 ONE_MM = np.ones(3)
@@ -78,9 +79,57 @@ def test_what_the_autoencoder_sees_is_turned_where_the_config_says_so(tiny_confi
     shift = random_move(tiny_config.seed, 4, tiny_config.autoencoder.shift_voxels, 0.0)
     assert np.array_equal(seen[0], shift.of(x, ONE_MM, 1))
     assert 0.5 < np.corrcoef(seen[0].ravel(), seen[10].ravel())[0, 1] < 0.99
-    crops = ["autoencoder.turn_degrees=10", "autoencoder.crop_size=[8,8,8]"]
-    with pytest.raises(InputError, match="turns whole volumes"):
-        parse_config(apply_overrides(values, crops))
+    bent = moved(x, ONE_MM, parse_config(apply_overrides(values, ["autoencoder.bend_mm=1"])), 4)
+    assert 0.5 < np.corrcoef(seen[0].ravel(), bent.ravel())[0, 1] < 0.99
+    for wanted in ("autoencoder.turn_degrees=10", "autoencoder.bend_mm=1"):
+        with pytest.raises(InputError, match="move whole volumes"):
+            parse_config(apply_overrides(values, [wanted, "autoencoder.crop_size=[8,8,8]"]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((32, 48, 30), (1.0, 1.0, 1.0)), ((20, 31, 16), (2.0, 0.9, 1.5)), ((12, 10, 1), (1, 1, 1))]
+)
+def test_a_bend_has_its_length_and_no_divergence(shape, spacing):
+    spacing = np.array(spacing)
+    field = bend_mm(shape, spacing, 1.5, 7)
+    assert field.shape == (3, *shape)
+    assert np.sqrt((field**2).sum(axis=0).mean()) == pytest.approx(1.5)
+    sides = [np.gradient(field[a], spacing[a], axis=a) for a in range(3) if shape[a] > 1]
+    divergence = sum(sides)[(slice(2, -2), slice(2, -2), slice(2, -2) if shape[2] > 1 else slice(None))]
+    steepest = max(np.abs(side).max() for side in sides)
+    assert 0.02 < steepest < 1, "smooth"
+    assert np.abs(divergence).max() < 1e-9 * steepest
+    assert np.array_equal(field, bend_mm(shape, spacing, 1.5, 7))
+    assert np.abs(np.corrcoef(field.ravel(), bend_mm(shape, spacing, 1.5, 8).ravel())[0, 1]) < 0.5
+
+
+def test_a_bend_is_the_same_field_on_a_finer_grid():
+    coarse, fine = (bend_mm((n, n, n), np.full(3, step), 1.0, 3) for n, step in ((16, 2.0), (31, 1.0)))
+    inner = (slice(None),) + (slice(2, -2),) * 3
+    assert np.corrcoef(coarse[inner].ravel(), fine[:, ::2, ::2, ::2][inner].ravel())[0, 1] > 0.99
+
+
+def test_bent_shapes_keep_their_volume_and_labels_follow_the_image():
+    image = blob((40, 44, 36), ONE_MM, (2, -3, 1), (10, 6, 5))
+    both = np.concatenate([image, np.where(image > 0, 1, -1).astype(np.float32)])
+    volume, unlike = (both[1] > 0).sum(), []
+    for index in range(6):
+        move = random_move(5, index, 0, 0.0, 1.5)
+        bent = move.of(both, ONE_MM, 1)
+        inside, seen = bent[1] > 0, bent[0] > 0
+        assert 2 * (inside & seen).sum() / (inside.sum() + seen.sum()) > 0.92
+        assert inside.sum() == pytest.approx(volume, rel=0.05)
+        assert np.array_equal(move.of_codes((both[1] > 0).astype(np.uint8), ONE_MM, 1) > 0, inside)
+        unlike.append(1 - 2 * (inside & (both[1] > 0)).sum() / (inside.sum() + volume))
+    assert min(unlike) > 0.03, "another shape each time"
+
+
+def test_large_volumes_are_moved_in_slabs(monkeypatch):
+    x = np.random.default_rng(1).uniform(-1, 1, (2, 9, 8, 7)).astype(np.float32)
+    move = Move((1, 0, 0), (5.0, 8.0, -4.0), (1.0, 3))
+    whole = move.of(x, ONE_MM, 1)
+    monkeypatch.setattr(moves, "_SLAB_VOXELS", 130)
+    assert np.array_equal(move.of(x, ONE_MM, 1), whole)
 
 
 def test_neighbouring_labels_stay_neighbours():
