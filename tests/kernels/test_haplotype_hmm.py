@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import threading
 
+import numba
 import numpy as np
 import pytest
 
 from engine.errors import Unsupported, UsageError
 from engine.kernels import haplotype_hmm
+from engine.kernels.haplotype_hmm.threads import in_threads
 
 CPU = ["reference", "numba"]
 
@@ -201,6 +205,36 @@ def mosaic(k: int, sites: int, n: int, seed: int):
     offsets = [np.concatenate([[0], np.cumsum([len(x) for x in part])]) for part in (starts, flips)]
     join = lambda parts: np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)  # noqa: E731
     return (offsets[0], join(starts), join(donors), offsets[1], join(flips)), starts, donors, flips
+
+
+@numba.njit
+def _times(a, b):
+    return a * b
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="denormals are left alone on this processor"
+)
+@pytest.mark.parametrize("count", [1, 5])
+def test_denormals_are_zero_while_a_job_runs_and_not_after_it(count):
+    small = np.float32(1e-30), np.float32(1e-10)
+    assert _times(*small) > 0
+    seen, threads = np.ones(count, np.float32), set()
+
+    def job(begin: int, end: int) -> None:
+        threads.add(threading.get_ident())
+        seen[begin:end] = _times(*small)
+        if count > 1:
+            raise ValueError("a job that fails leaves nothing behind either")
+
+    if count == 1:
+        in_threads(job, 1)
+        assert threads == {threading.get_ident()}
+        assert (seen == 0).all()
+    else:
+        with pytest.raises(ValueError, match="leaves nothing"):
+            in_threads(job, count)
+    assert _times(*small) > 0
 
 
 @pytest.mark.parametrize(
