@@ -330,8 +330,10 @@ def round_paths(model: LiStephens, known: Tables, group: int, number: int, seed:
     order = np.lexsort((kind_e, site_e))
     reach_cm = config.reach * genealogy.piece_cm[group]
     budget_cm = config.max_donor_cm
-    if budget_cm is None and config.max_donor_pieces > 0:  # as far as the group has the donors for it
-        budget_cm = max(config.max_donor_pieces * genealogy.piece_cm[group], 8 * length_cm / k)
+    if budget_cm is None and config.max_donor_pieces > 0:
+        # as far as the group has the donors for it, and from each site to the next (and what adding that up may lose)
+        widest_cm = 100 * model.distance_l[np.isfinite(model.distance_l)].max(initial=0.0)
+        budget_cm = max(config.max_donor_pieces * genealogy.piece_cm[group], 8 * length_cm / k, 1.001 * widest_cm)
     low_l = np.searchsorted(known.sketch_cm, known.position_cm - reach_cm, side="left") >> 6
     high_l = (np.searchsorted(known.sketch_cm, known.position_cm + reach_cm, side="right") + 63) >> 6
     slot_s, start_s, donor_s, flip_slot_f, flip_site_f, failed = interchange.walk(

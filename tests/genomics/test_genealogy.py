@@ -170,6 +170,19 @@ def test_no_more_than_the_budget_is_copied_from_a_donor_into_a_person():
         model_of(panel, slow, max_donor_cm=0.01).paths(60, seed=2)
 
 
+def test_sites_may_lie_further_apart_than_pieces_are_long():
+    """Where no piece within the budget reached the next site, every swap searched all donors and found none."""
+    panel = mosaic_panel(people=200, sites=12)
+    short = replace(LEARNED, piece_cm=[0.004, 0.004])  # of 0.01 cM between sites
+    model = model_of(panel, short)
+    paths, _ = model.paths(200, seed=2)
+    assert (np.sort(donors_nl(paths, 12), axis=0) == np.arange(400)[:, None]).all()
+    made = exposure.of_paths(model, paths.segment_offset_n, paths.segment_start_s, paths.segment_donor_s)
+    assert 0.009 < made.most_cm.max() <= 0.0101
+    with pytest.raises(UsageError, match="enough donors"):
+        model_of(panel, short, max_donor_cm=0.005).paths(60, seed=2)
+
+
 def test_what_is_learned_from_a_panel_of_known_mosaics(tmp_path):
     """Founders' pieces are 0.4 cM; one allele in 250 is new and its own."""
     panel = mosaic_panel(people=100, sites=1_000, seed=1, founders=30)
