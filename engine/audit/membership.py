@@ -6,8 +6,11 @@ rate where 1 % and 0.1 % of the non-members are let through. The threshold comes
 shadow model is trained.
 
 Two attacks need the synthetic rows only: the distance to the nearest one, and the local density under the synthetic
-rows against that under unseen real rows (van Breugel et al., DOMIAS, AISTATS 2023). The density is that of the nearest
-neighbour, f = 1 / (n c d^D): with more neighbours it is steadier and sees less of a single near copy.
+rows against that under real rows (van Breugel et al., DOMIAS, AISTATS 2023). The density is that of the nearest
+neighbour, f = 1 / (n c d^D): with more neighbours it is steadier and sees less of a single near copy. The real rows are
+those of the other training people: whatever has learned what the training side has in common is near to people of its
+kind, whoever they are, and where few people are held out the split alone puts more of one kind on one side. What is left
+over is what a person's own rows did.
 Attacks that need the model (likelihood ratio, reconstruction loss) are made by the modality that has the model and
 judged here through `membership`.
 """
@@ -110,7 +113,7 @@ class Attackers:
 
     @classmethod
     def prepare(cls, train: Pool, holdout: Pool, floor: float, policy: AuditPolicy, seed: int) -> Attackers:
-        """Draw the people and search the holdout for them.
+        """Draw the people and search the training side for them.
 
         Args:
             floor: added to distances, so that a copy has a logarithm.
@@ -119,14 +122,14 @@ class Attackers:
             train, holdout = replace(train, views=None), replace(holdout, views=None)
         rng = generator(seed, "audit.membership")
         members, nonmembers = (_some(pool, policy.membership_people, rng) for pool in (train, holdout))
-        people, code = np.unique(holdout.person, return_inverse=True)
-        member_people, member_code = np.unique(members.person, return_inverse=True)
-        dropped = rng.integers(0, len(people), len(member_people))[member_code]
-        own = np.searchsorted(people, nonmembers.person)
-        k = min(policy.neighbours + 1, len(holdout))
+        people, code = np.unique(train.person, return_inverse=True)
+        unseen_people, unseen_code = np.unique(nonmembers.person, return_inverse=True)
+        dropped = rng.integers(0, len(people), len(unseen_people))[unseen_code]
+        own = np.searchsorted(people, members.person)
+        k = min(policy.neighbours + 1, len(train))
         logs, scales = [], []
-        for rows, skipped in ((members, dropped), (nonmembers, own)):
-            log_nk = log_distances(topk(rows, holdout, k, exclude=(skipped, code))[0], floor)
+        for rows, skipped in ((members, own), (nonmembers, dropped)):
+            log_nk = log_distances(topk(rows, train, k, exclude=(skipped, code))[0], floor)
             logs.append(log_nk[:, 0])
             scales.append(local_scale(log_nk))
         rows_of = [np.unique(pool.person, return_counts=True)[1] for pool in (members, nonmembers)]
@@ -162,7 +165,7 @@ class Attackers:
         findings, curves = [], {}
         for name, scores, note in (
             ("distance", distance, "nearest synthetic row"),
-            ("density_ratio", density, "local density, synthetic against unseen real rows"),
+            ("density_ratio", density, "local density, synthetic against other training people"),
         ):
             found_here, curves[name] = membership(
                 *scores, policy=self.policy, name=name, gates=2, calibrated_on="unseen people", note=note

@@ -139,16 +139,40 @@ def test_the_density_ratio_does_not_mind_where_the_crowd_is():
 
 
 def test_members_and_non_members_see_reference_pools_of_one_size():
-    """Nobody is compared with themselves, and a member misses one holdout person as well."""
+    """Nobody is compared with themselves, and a non-member misses one training person as well."""
     rng = np.random.default_rng(6)
-    holdout = rng.standard_normal((30, 4))
-    person = np.repeat([f"h{i}" for i in range(15)], 2)
-    train = pool(np.repeat(holdout[:1], 600, 0), person=np.repeat([f"t{i}" for i in range(300)], 2))
-    ready = Attackers.prepare(train, pool(holdout, person=person), 1e-6, POLICY, 0)
+    train = rng.standard_normal((30, 4))
+    person = np.repeat([f"t{i}" for i in range(15)], 2)
+    holdout = pool(np.repeat(train[:1], 600, 0), person=np.repeat([f"h{i}" for i in range(300)], 2))
+    ready = Attackers.prepare(pool(train, person=person), holdout, 1e-6, POLICY, 0)
     assert ready.largest
-    assert (ready.log_reference_nonmember_n > np.log(1e-3)).all()  # not even the person's other row
-    missed = (ready.log_reference_member_n > np.log(1e-3)).mean()
+    assert (ready.log_reference_member_n > np.log(1e-3)).all()  # not even the person's other row
+    missed = (ready.log_reference_nonmember_n > np.log(1e-3)).mean()
     assert missed == pytest.approx(1 / 15, abs=0.05)
+
+
+def test_a_split_that_puts_a_kind_of_people_on_one_side_convicts_nobody():
+    """Two kinds of people; the second is three in four of training and one in four of the unseen. Rows like training's as a
+    whole, made by none of these people, lie near to training; copies of a tenth of them are still seen."""
+    failed, areas = 0, []
+    for seed in range(40):
+        rng = np.random.default_rng([8, seed])
+        train, holdout, rows = (
+            np.where(rng.random(n)[:, None] < share, 4.0, 0.0) + rng.standard_normal((n, 6))
+            for n, share in ((120, 0.75), (40, 0.25), (100, 0.75))
+        )
+        found = by_name(attack(train, holdout, rows)[0])
+        failed += found["membership_auc_density_ratio"].verdict == "fail"
+        areas.append(found["membership_auc_density_ratio"].value)
+    assert failed <= 1
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.03)
+    rng = np.random.default_rng(9)
+    train, holdout = (
+        np.vstack([rng.standard_normal((90, 6)) + 4, rng.standard_normal((30, 6))]),
+        rng.standard_normal((40, 6)),
+    )
+    near = train[rng.permutation(120)] + 0.3 * rng.standard_normal((120, 6))
+    assert by_name(attack(train, holdout, near)[0])["membership_auc_density_ratio"].verdict == "fail"
 
 
 def test_people_beyond_the_limit_are_drawn():
