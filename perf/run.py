@@ -131,8 +131,10 @@ class _Item:
 
 
 def _select(wanted: Wanted, root: Path, folder: Path, cache: Path) -> tuple[list[_Item], list[tuple[Bench, str]], int]:
-    """Cases that match, those with a goal first (a budget may end before the others), curves last; bench files that do
-    not load; how many cases only --all would run."""
+    """Cases that match, curves last; bench files that do not load; how many cases only --all would run.
+
+    A budget may end before the last ones: those with a goal come first, then those of ours alone, which cost little.
+    """
     items: list[_Item] = []
     curved: list[_Item] = []
     broken = []
@@ -153,7 +155,8 @@ def _select(wanted: Wanted, root: Path, folder: Path, cache: Path) -> tuple[list
         for name, curve in listing["curves"].items() if wanted.curves else ():
             if find.matches(wanted.pattern, name):
                 curved += [_Item(case, bench, file, name, curve["axis"]) for case in curve["points"]]
-    items.sort(key=lambda item: all(goal is None for goal in item.case["goals"].values()))
+    promised = lambda item: any(goal is not None for goal in item.case["goals"].values())  # noqa: E731
+    items.sort(key=lambda item: (not promised(item), len(item.case["goals"]) > 0))
     return items + curved, broken, left_out
 
 

@@ -74,7 +74,7 @@ def test_what_the_budget_left_no_time_for_is_a_record(checkout, perf, tmp_path):
 def test_cases_with_a_goal_come_before_a_budget_can_end(checkout, perf, tmp_path):
     (checkout / "perf" / "bench_tiny.py").write_text(
         "from perf.case import Case, Peer\ndef cases():\n"
-        "    peers = {'plain': (), 'compared': (Peer('p', len),), 'promised': (Peer('p', len, goal=1),)}\n"
+        "    peers = {'compared': (Peer('p', len),), 'plain': (), 'promised': (Peer('p', len, goal=1),)}\n"
         "    return [Case(f'tiny.{n}', {}, 1, 'x', lambda: [0], len, peers=p) for n, p in peers.items()]\n"
     )
     perf("run", "--no-limits", "--root", checkout, "--history", tmp_path / "h")
