@@ -28,7 +28,7 @@ TABLE_PRIOR = 20.0  # and the shift of the log-odds that all clusters share
 BACK = 6  # sites before, among which the parent is
 LEAST_INFORMATION = 0.006  # nats per haplotype, below which a site has no parent: 3,200 haplotypes make 0.002 by chance
 ROUNDS, TREE_ROUNDS = 20, 4
-COMPONENTS, COMPONENT_SITES = 12, 1000
+COMPONENTS, COMPONENT_SITES, STARTS = 12, 1000, 8
 LEAST = 2e-4  # probability of an allele
 
 
@@ -62,11 +62,7 @@ def learn(alleles_nl: np.ndarray, contig_start_l: np.ndarray, clusters: int, *, 
     parent_l = _parents(x_nl, weight_ns, np.cumsum(contig_start_l))
     before_nl = np.where(parent_l >= 0, x_nl[:, np.maximum(parent_l, 0)], 0)
     for _ in range(TREE_ROUNDS):
-        alt_sla = _tables(x_nl, weight_ns, mean_l, parent_l)
-        ref, shift = np.log1p(-alt_sla), np.log(alt_sla / (1 - alt_sla))
-        log_ns = x_nl @ shift[:, :, 0].T + (x_nl * before_nl) @ (shift[:, :, 1] - shift[:, :, 0]).T
-        log_ns += before_nl @ (ref[:, :, 1] - ref[:, :, 0]).T + ref[:, :, 0].sum(axis=1)
-        weight_ns = _posterior(log_ns, weight_ns)
+        weight_ns = _posterior(_log_within(_tables(x_nl, weight_ns, mean_l, parent_l), x_nl, before_nl), weight_ns)
     return Trees(parent_l, _tables(x_nl, weight_ns, mean_l, parent_l).astype(np.float32), _shares(weight_ns))
 
 
@@ -90,19 +86,57 @@ def foretell(trees: Trees, target_nl: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return logit_nl, number_nl
 
 
+def posterior(trees: Trees, alleles_nl: np.ndarray) -> np.ndarray:
+    """Probability of each cluster given a whole haplotype: uint8 (N, L), complete, to float64 (N, S), rows of sum 1."""
+    x_nl = alleles_nl.astype(np.float32)
+    before_nl = np.where(trees.parent_l >= 0, x_nl[:, np.maximum(trees.parent_l, 0)], 0)
+    log_ns = _log_within(trees.alt_sla.astype(np.float64), x_nl, before_nl) + np.log(trees.share_s)
+    raised_ns = np.exp(log_ns - log_ns.max(axis=1, keepdims=True))
+    return np.asarray(raised_ns / raised_ns.sum(axis=1, keepdims=True))
+
+
+def draw(trees: Trees, cluster_n: np.ndarray, uniform_nl: np.ndarray) -> np.ndarray:
+    """Haplotypes of these clusters, int64 (N,): uint8 (N, L), from numbers in [0, 1), float64 (N, L)."""
+    drawn_nl = np.empty(uniform_nl.shape, np.uint8)
+    for l, parent in enumerate(trees.parent_l.tolist()):  # noqa: E741
+        column_n = np.full(len(drawn_nl), 2) if parent < 0 else drawn_nl[:, parent]
+        drawn_nl[:, l] = uniform_nl[:, l] < trees.alt_sla[cluster_n, l, column_n]
+    return drawn_nl
+
+
+def _log_within(alt_sla: np.ndarray, x_nl: np.ndarray, before_nl: np.ndarray) -> np.ndarray:
+    """log P_s(x), (N, S); `before_nl`: the allele of each site's parent, 0 where it has none."""
+    ref, shift = np.log1p(-alt_sla), np.log(alt_sla / (1 - alt_sla))
+    log_ns = x_nl @ shift[:, :, 0].T + (x_nl * before_nl) @ (shift[:, :, 1] - shift[:, :, 0]).T
+    return np.asarray(log_ns + before_nl @ (ref[:, :, 1] - ref[:, :, 0]).T + ref[:, :, 0].sum(axis=1))
+
+
 def _start(centred_nl: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """float32 (N, S), 0 or 1: k-means of the first principal components of some sites."""
+    """float32 (N, S), 0 or 1: k-means of the first principal components of some sites; the best of some starts, each from
+    centres far apart (Arthur and Vassilvitskii, SODA 2007)."""
     rng = seeding.generator(seed, "genomics.clusters.start")
     some_nl = centred_nl[:, :: -(-centred_nl.shape[1] // COMPONENT_SITES)]
     vectors = np.linalg.eigh(some_nl.T @ some_nl)[1][:, -COMPONENTS:]
     place_nc = some_nl @ vectors
-    centre_sc = place_nc[rng.choice(len(place_nc), clusters, replace=False)]
-    for _ in range(8):
-        distance_ns = np.square(centre_sc).sum(axis=1) - 2 * place_nc @ centre_sc.T
-        nearest_n = distance_ns.argmin(axis=1)
-        for s in np.unique(nearest_n):
-            centre_sc[s] = place_nc[nearest_n == s].mean(axis=0)
-    return np.eye(clusters, dtype=np.float32)[nearest_n]
+    least, best_n = np.inf, np.zeros(len(place_nc), np.int64)
+    for _ in range(STARTS):
+        centre_sc = place_nc[rng.integers(len(place_nc), size=1)]
+        while len(centre_sc) < clusters:
+            away_n = np.maximum(_square_distances(place_nc, centre_sc).min(axis=1), 0) + 1e-9
+            centre_sc = np.vstack([centre_sc, place_nc[rng.choice(len(place_nc), p=away_n / away_n.sum())]])
+        for _ in range(8):
+            nearest_n = _square_distances(place_nc, centre_sc).argmin(axis=1)
+            for s in np.unique(nearest_n):
+                centre_sc[s] = place_nc[nearest_n == s].mean(axis=0)
+        spread = float(_square_distances(place_nc, centre_sc).min(axis=1).sum(dtype=np.float64))
+        if spread < least:
+            least, best_n = spread, nearest_n
+    return np.eye(clusters, dtype=np.float32)[best_n]
+
+
+def _square_distances(place_nc: np.ndarray, centre_sc: np.ndarray) -> np.ndarray:
+    own_n = np.square(place_nc).sum(axis=1, keepdims=True)
+    return np.asarray(own_n + np.square(centre_sc).sum(axis=1) - 2 * place_nc @ centre_sc.T)
 
 
 def _shares(weight_ns: np.ndarray) -> np.ndarray:

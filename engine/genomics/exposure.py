@@ -50,11 +50,12 @@ class Exposure:
 def of_paths(model: LiStephens, offset_n: np.ndarray, start_s: np.ndarray, donor_s: np.ndarray) -> Exposure:
     """What people, two haplotypes each, copy of each donor.
 
-    A piece reaches up to the site where the next one begins, at the end of a contig to its last site.
+    A piece reaches up to the site where the next one begins, at the end of a contig to its last site. The clusters sampler
+    copies nobody.
     """
     copied_cm, most_cm, longest_cm = np.zeros((3, model.k))
     people = np.zeros(model.k, dtype=np.int64)
-    if len(start_s):
+    if len(start_s) and model.config.sampler != "clusters":
         place_cm = model.sites.centimorgans()
         end_s = np.append(start_s[1:], model.n_sites)
         end_s[offset_n[1:] - 1] = model.n_sites

@@ -39,6 +39,7 @@ from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Si
 from engine.kernels import bits, haplotype_hmm
 
 if TYPE_CHECKING:
+    from engine.genomics import cluster_sampler
     from engine.genomics.genealogy import Genealogy, Tables
     from engine.genomics.mixture import Mixture
 
@@ -59,7 +60,9 @@ class LiStephensConfig(BaseModel):
         min_carriers: an allele that fewer reference people carry is not copied (it would say who was in the panel) but
             arises anew, in people and at sites of its kind at random, as often as in the panel; 1 copies all.
         sampler: "interchange": whole rounds in which every donor is copied once everywhere (`genealogy`); "independent": the
-            chain of the model run forward, each haplotype by itself.
+            chain of the model run forward, each haplotype by itself; "clusters": from a mixture of trees, for sparse sites
+            (`cluster_sampler`).
+        clusters: how many clusters that sampler has.
         switching: of the interchange sampler: swaps as a multiple of the rate at which synthetic haplotypes share stretches
             just shorter than real ones do; below 1 longer pieces, above shorter ones.
         candidates: haplotypes among which a swap partner is the nearest; 1 swaps at random.
@@ -82,7 +85,8 @@ class LiStephensConfig(BaseModel):
     mismatch: float = Field(default=2e-4, ge=0, lt=0.5)
     per_group: bool = True
     min_carriers: int = Field(default=2, ge=1)
-    sampler: Literal["interchange", "independent"] = "interchange"
+    sampler: Literal["interchange", "independent", "clusters"] = "interchange"
+    clusters: int = Field(default=12, ge=1)
     switching: float = Field(default=2.0, gt=0)
     candidates: int = Field(default=64, ge=1)
     reach: float = Field(default=4.0, gt=0)
@@ -262,6 +266,13 @@ class LiStephens:
         return genealogy.tables(self)
 
     @cached_property
+    def cluster_tables(self) -> cluster_sampler.Tables:
+        """What the clusters sampler draws from."""
+        from engine.genomics import cluster_sampler
+
+        return cluster_sampler.tables(self)
+
+    @cached_property
     def rounds_held(self) -> OrderedDict[Any, Paths]:
         """The rounds drawn last."""
         return OrderedDict()
@@ -291,7 +302,7 @@ class LiStephens:
                 new = few & ~split
                 new_sites.append(site_l[new])
                 count_g += np.bincount(self.group_of_haplotype_k, other_lk[new].sum(axis=0), len(count_g))
-        new_site_r = _joined(new_sites)
+        new_site_r = joined(new_sites)
         return Rare(common_l, new_site_r, count_g / np.maximum(1, haplotypes_g * len(new_site_r)))
 
     def paths(
@@ -334,6 +345,10 @@ class LiStephens:
         else:
             group_n = np.array([self.group_index(name) for name in groups], dtype=np.int64)
 
+        if self.config.sampler == "clusters":
+            from engine.genomics import cluster_sampler
+
+            return cluster_sampler.paths(self, group_n, seed, start, progress), group_n
         contig_start = np.flatnonzero(np.isinf(self.distance_l))
         donors_g = [np.flatnonzero(self.group_of_haplotype_k == g) for g in range(len(self.group_names))]
         switch_g: dict[int, np.ndarray] = {}
@@ -350,15 +365,13 @@ class LiStephens:
                 begin = np.union1d(contig_start, _arrivals(switch_g[g], rng))
                 starts.append(begin)
                 donors.append(donors_g[g][rng.integers(0, len(donors_g[g]), len(begin))])
-                flips.append(np.union1d(_arrivals(mutation_l, rng), self._new_alleles(g, rng)))
+                flips.append(np.union1d(_arrivals(mutation_l, rng), self.new_alleles(g, rng)))
             if progress is not None and (at + 1 == n or at % 64 == 63):
                 progress(at + 1, n)
-        made = Paths(
-            _offsets(starts), _joined(starts), _joined(donors).astype(np.int32), _offsets(flips), _joined(flips)
-        )
+        made = Paths(offsets(starts), joined(starts), joined(donors).astype(np.int32), offsets(flips), joined(flips))
         return made, group_n
 
-    def _new_alleles(self, group: int, rng: np.random.Generator) -> np.ndarray:
+    def new_alleles(self, group: int, rng: np.random.Generator) -> np.ndarray:
         """Sites at which one haplotype of `group` has an allele that is not copied."""
         sites, hazard = self.rare.new_site_r, -np.log1p(-self.rare.rate_g[group])
         return np.unique(sites[rng.integers(0, max(1, len(sites)), rng.poisson(len(sites) * hazard))])
@@ -534,6 +547,8 @@ def fit(
         config, panel.bits_lw, panel.sites, panel.samples, dict(panel.contig_length), panel.assembly, distance_l,
         np.full(panel.n_sites, config.mismatch), group_names, group_k, warnings,
     )  # fmt: skip
+    if config.sampler == "clusters":
+        model.cluster_tables  # refuses what it cannot draw before anything takes long  # noqa: B018
     if config.learn_rounds:
         model = _with_learned_rates(model, progress)
     if config.mix is not None:
@@ -579,9 +594,9 @@ def _arrivals(cumulative_l: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return hits[np.diff(hits, prepend=-1) > 0]
 
 
-def _offsets(parts: list[np.ndarray]) -> np.ndarray:
+def offsets(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)]).astype(np.int64)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([*parts, np.zeros(0, dtype=np.int64)]).astype(np.int64)

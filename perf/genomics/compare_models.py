@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 
 from engine import seeding
-from engine.genomics import baselines, li_stephens
+from engine.genomics import baselines, chains, clusters, li_stephens
 from engine.genomics.evaluate import evaluate
 from engine.genomics.panel import HaplotypePanel, read_panel
 from engine.genomics.relatedness import families
 from engine.genomics.split import held_out
+from engine.kernels import bits
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "genomics"
 FIGURES = ("ld_r", "three_point_r", "pca_w1", "aats_test", "aats_train", "exact_copies", "longest_run_bp")
@@ -65,6 +66,7 @@ def fitter(name: str, known: HaplotypePanel, seed: int, out: Path, limit: int) -
         "markov": lambda: baselines.fit_markov(known),
         "hapnest": lambda: baselines.fit_hapnest(known),
         "li_stephens": lambda: li_stephens.fit(known),
+        "clusters": lambda: li_stephens.fit(known, li_stephens.LiStephensConfig(sampler="clusters")),
         "mixture": lambda: mixture(known, seed),
         "transformer": lambda: transformer(known, out / f"transformer-{seed}", seed, limit),
     }
@@ -74,6 +76,9 @@ def fitter(name: str, known: HaplotypePanel, seed: int, out: Path, limit: int) -
 def scored(name: str, model: Any, unseen: HaplotypePanel) -> np.ndarray | None:
     if name == "hapnest":
         return None  # a sampler without a likelihood
+    if name == "clusters":  # what its samples are drawn from
+        alleles_nl = np.ascontiguousarray(bits.unpack(unseen.bits_lw, unseen.n_haplotypes).T)
+        return chains.nats(clusters.foretell(model.cluster_tables.trees, alleles_nl)[0], alleles_nl).sum(axis=1)
     more = {"mixed": True} if name == "mixture" else {}
     return np.asarray(model.log_likelihood(unseen, **more))
 
@@ -180,7 +185,9 @@ def main() -> None:
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--models", nargs="+", default=["independent", "markov", "hapnest", "li_stephens", "mixture", "transformer"]
+        "--models",
+        nargs="+",
+        default=["independent", "markov", "hapnest", "li_stephens", "clusters", "mixture", "transformer"],
     )
     parser.add_argument("--limit", type=int, default=500, help="steps of the transformer")
     parser.add_argument("--cross-fit", type=int, metavar="FOLDS", help="the mixture fitted to all people, by folds")

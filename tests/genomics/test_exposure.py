@@ -38,6 +38,7 @@ def table(path):
 
 def test_by_hand():
     model = SimpleNamespace(
+        config=SimpleNamespace(sampler="interchange"),
         k=4,
         n_sites=6,
         distance_l=np.array([np.inf, 1, 1, 2, 3, 4]),

@@ -193,7 +193,7 @@ class Transformer:
             rng = seeding.generator(seed, "genomics.transformer.alleles", k)
             for second in (0, 1):
                 uniform_nl[2 * at + second] = rng.random(sites, dtype=np.float32)
-                new.append(model._new_alleles(int(group_b[at]), rng))
+                new.append(model.new_alleles(int(group_b[at]), rng))
         made_nl, drawn_n = np.empty((n, sites), np.uint8), np.zeros(n)
         seen_n = np.full(n, 255, np.uint8)
         memory = features.Memory(n, len(specs))
