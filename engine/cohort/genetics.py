@@ -18,8 +18,9 @@ from engine.cohort.genotypes import dosage
 from engine.cohort.profile import SCORE, Locus, Profile
 from engine.errors import InputError, UsageError
 from engine.genomics import admixture, li_stephens, sex_chromosomes, stream
-from engine.genomics.li_stephens import LiStephens, LiStephensConfig, Paths, joined_paths
+from engine.genomics.li_stephens import LiStephens, LiStephensConfig
 from engine.genomics.panel import HaplotypePanel
+from engine.genomics.paths import Paths, joined_paths
 from engine.kernels import bits
 
 _NEAR_LOCUS_R2 = 0.05  # variants in more LD with a named locus are left to it

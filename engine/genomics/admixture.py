@@ -24,8 +24,9 @@ import yaml
 
 from engine import seeding
 from engine.errors import UsageError, closest
-from engine.genomics.li_stephens import LiStephens, Paths
+from engine.genomics.li_stephens import LiStephens
 from engine.genomics.local_ancestry import Tracts
+from engine.genomics.paths import Paths
 
 MOST_GENERATIONS = 10_000.0
 

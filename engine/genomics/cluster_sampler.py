@@ -20,10 +20,11 @@ import numpy as np
 from engine import seeding
 from engine.errors import UsageError
 from engine.genomics import clusters
+from engine.genomics.paths import Paths, of_lists
 from engine.kernels import bits
 
 if TYPE_CHECKING:
-    from engine.genomics.li_stephens import LiStephens, Paths, Progress
+    from engine.genomics.li_stephens import LiStephens, Progress
 
 MOST_ALLELES = 2e8  # of the panel: learning takes 16 bytes each
 _PEOPLE = 256  # drawn at a time
@@ -72,8 +73,6 @@ def tables(model: LiStephens) -> Tables:
 
 def paths(model: LiStephens, group_n: np.ndarray, seed: int, start: int, progress: Progress | None) -> Paths:
     """Of people start, start + 1, ... of these groups, int64 (n,): two haplotypes each, functions of model, seed and person."""
-    from engine.genomics.li_stephens import Paths, joined, offsets
-
     known, n = model.cluster_tables, len(group_n)
     contig_start = np.flatnonzero(np.isinf(model.distance_l))
     flips: list[np.ndarray] = []
@@ -100,6 +99,4 @@ def paths(model: LiStephens, group_n: np.ndarray, seed: int, start: int, progres
             flips.append(np.flatnonzero(row_l != known.first_l))
         if progress is not None:
             progress(at + len(some), n)
-    begins = [contig_start] * (2 * n)
-    donors = np.zeros(2 * n * len(contig_start), dtype=np.int32)
-    return Paths(offsets(begins), joined(begins), donors, offsets(flips), joined(flips))
+    return of_lists([contig_start] * (2 * n), [np.zeros_like(contig_start)] * (2 * n), flips)

@@ -37,10 +37,11 @@ from engine import seeding
 from engine.errors import UsageError
 from engine.genomics import interchange
 from engine.genomics.matching import of_person
+from engine.genomics.paths import Paths, joined_paths
 from engine.kernels import bits, haplotype_hmm, nearest
 
 if TYPE_CHECKING:
-    from engine.genomics.li_stephens import LiStephens, Paths
+    from engine.genomics.li_stephens import LiStephens
 
 LEARN_SITES, LEARN_HAPLOTYPES = 20_000, 400  # of which the panel's past is learned, at most
 SKETCH_PER_CM, SKETCH_MAF = 512, 0.05  # sites by which haplotypes are told apart
@@ -256,8 +257,6 @@ def _young_shares(seen_c: np.ndarray, lost_c: np.ndarray, mismatch: float) -> tu
 
 def _calibrated(model: LiStephens, made: Genealogy, chosen: np.ndarray, progress: Progress | None) -> Genealogy:
     """`made` with the factor at which synthetic haplotypes share runs with the panel as long as real ones do."""
-    from engine.genomics.li_stephens import joined_paths
-
     known, panel_kw = tables(model), bits.transpose(model.bits_lw, model.k)
     first_s = model.samples.first_haplotype
     person_k = np.repeat(np.arange(len(first_s) - 1), np.diff(first_s))
@@ -304,8 +303,6 @@ def round_paths(model: LiStephens, known: Tables, group: int, number: int, seed:
     Raises:
         UsageError: `max_donor_cm` asks for more donors than the group has.
     """
-    from engine.genomics.li_stephens import Paths
-
     genealogy, config, donors = model.genealogy, model.config, known.donor_g[group]
     rng = seeding.generator(seed, f"genomics.genealogy.{purpose}.{model.group_names[group]}", number)
     k, rare = len(donors), model.rare
@@ -401,8 +398,6 @@ def paths(
     progress: Progress | None = None,
 ) -> tuple[Paths, np.ndarray]:
     """`LiStephens.paths` by rounds. Asked for a group that is not the one drawn, a person is of a round of that group alone."""
-    from engine.genomics.li_stephens import joined_paths
-
     people = np.arange(start, start + n, dtype=np.int64)
     total, pairs_g = int(_pairs(model).sum()), _pairs(model)
     if isinstance(groups, str):
@@ -437,8 +432,6 @@ def paths(
 
 
 def _no_paths() -> Paths:
-    from engine.genomics.li_stephens import Paths
-
     nothing, offset = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
     return Paths(offset, nothing, nothing.astype(np.int32), offset, nothing)
 

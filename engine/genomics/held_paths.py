@@ -28,7 +28,7 @@ from engine.kernels import bits
 STRETCH = 1 << 14  # sites: places inside take 16 bits
 PEOPLE = 1024  # whose paths are drawn at one time
 
-Draw = Callable[[int, int], tuple[Any, np.ndarray]]  # (first person, how many) -> li_stephens.Paths, int64 groups
+Draw = Callable[[int, int], tuple[Any, np.ndarray]]  # (first person, how many) -> paths.Paths, int64 groups
 Progress = Callable[[int, int], None]
 
 
@@ -39,7 +39,7 @@ class HeldPaths:
     Attributes:
         model: what the paths are of: `k`, `n_sites` and `materialise(paths, first, stop)`.
         packs: bytes, or the files that hold them.
-        template: `li_stephens.Paths` whose columns are replaced by those of a block.
+        template: `paths.Paths` whose columns are replaced by those of a block.
         group_n: int64 (n,), group of each person.
     """
 

@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine import seeding
 from engine.errors import InputError, UsageError, closest
-from engine.files.genotypes import haplotype_index
 from engine.genomics import rates
 from engine.genomics.chains import BankPanel, ChainSpec, MixConfig
 from engine.genomics.matching import common_sites, own_haplotypes
 from engine.genomics.panel import DEFAULT_CM_PER_MB, HaplotypePanel, Samples, Sites, synthetic_ids
+from engine.genomics.paths import Paths, joined, of_lists
 from engine.kernels import bits, haplotype_hmm
 
 if TYPE_CHECKING:
@@ -133,36 +133,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> LiSte
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{name}: {first['msg']}", repr(first["input"]), where) from None
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Copying paths of N haplotypes, in the form `haplotype_hmm.materialise` takes: segments and inverted alleles."""
-
-    segment_offset_n: np.ndarray
-    segment_start_s: np.ndarray
-    segment_donor_s: np.ndarray
-    flip_offset_n: np.ndarray
-    flip_site_f: np.ndarray
-
-    def take(self, index: np.ndarray) -> Paths:
-        """The paths of haplotypes `index`, int64, in this order."""
-        segments, segment_offset_n = haplotype_index(self.segment_offset_n, index)
-        flips, flip_offset_n = haplotype_index(self.flip_offset_n, index)
-        return Paths(
-            segment_offset_n, self.segment_start_s[segments], self.segment_donor_s[segments], flip_offset_n,
-            self.flip_site_f[flips],
-        )  # fmt: skip
-
-
-def joined_paths(parts: Sequence[Paths]) -> Paths:
-    """The haplotypes of several tables of paths, in order."""
-    column = lambda name: np.concatenate([getattr(part, name) for part in parts])  # noqa: E731
-    counted = lambda name: np.concatenate([[0], *(np.diff(getattr(part, name)) for part in parts)])  # noqa: E731
-    return Paths(
-        np.cumsum(counted("segment_offset_n")), column("segment_start_s"), column("segment_donor_s"),
-        np.cumsum(counted("flip_offset_n")), column("flip_site_f"),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -368,8 +338,7 @@ class LiStephens:
                 flips.append(np.union1d(_arrivals(mutation_l, rng), self.new_alleles(g, rng)))
             if progress is not None and (at + 1 == n or at % 64 == 63):
                 progress(at + 1, n)
-        made = Paths(offsets(starts), joined(starts), joined(donors).astype(np.int32), offsets(flips), joined(flips))
-        return made, group_n
+        return of_lists(starts, donors, flips), group_n
 
     def new_alleles(self, group: int, rng: np.random.Generator) -> np.ndarray:
         """Sites at which one haplotype of `group` has an allele that is not copied."""
@@ -592,11 +561,3 @@ def _arrivals(cumulative_l: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     points.sort()  # searched for in order they are found in a fraction of the time: the table does not fit the cache
     hits = np.minimum(np.searchsorted(cumulative_l, points, side="right"), len(cumulative_l) - 1)
     return hits[np.diff(hits, prepend=-1) > 0]
-
-
-def offsets(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)]).astype(np.int64)
-
-
-def joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([*parts, np.zeros(0, dtype=np.int64)]).astype(np.int64)

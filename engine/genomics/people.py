@@ -20,9 +20,10 @@ from engine.errors import InputError, UsageError
 from engine.files.genotype_files import beside
 from engine.genomics import admixture, held_paths, local_ancestry, sex_chromosomes, stream
 from engine.genomics.admixture import Pulse
-from engine.genomics.li_stephens import LiStephens, Paths, joined_paths
+from engine.genomics.li_stephens import LiStephens
 from engine.genomics.local_ancestry import Tracts
 from engine.genomics.panel import HaplotypePanel, synthetic_ids
+from engine.genomics.paths import Paths, joined_paths
 from engine.genomics.phenotypes import Phenotypes, Trait, join_phenotypes, noise, phenotypes, write_phenotypes
 from engine.kernels import bits
 
