@@ -191,7 +191,7 @@ def main() -> None:
 def _versions(case: Case, rows: list[measure.Readings]) -> dict[str, str]:
     """Version of every peer that ran."""
     found = {}
-    for peer, row in zip(case.peers, rows, strict=False):
+    for peer, row in zip(case.peers, rows, strict=False):  # no rows where peers were not asked for
         if row.status != "missing":
             try:
                 found[peer.name] = peer.version() if peer.version else _version(peer.name)

@@ -40,8 +40,8 @@ class Tables(NamedTuple):
     first_l: np.ndarray
 
 
-def tables(model: LiStephens) -> Tables:
-    """Learned anew from the model's panel, the same each time.
+def check(model: LiStephens) -> None:
+    """Refuse a panel that this sampler cannot draw from, before anything takes long.
 
     Raises:
         UsageError: rows of split multiallelic sites, or a panel too large to be learned in memory.
@@ -52,6 +52,11 @@ def tables(model: LiStephens) -> Tables:
     if model.k * model.n_sites > MOST_ALLELES:
         found = f"{model.k:,} haplotypes at {model.n_sites:,} sites"
         raise UsageError(f"a sparse panel of at most {MOST_ALLELES:.0e} alleles", found, "sampler=clusters", hint)
+
+
+def tables(model: LiStephens) -> Tables:
+    """Learned anew from the model's panel, the same each time; refused as by `check`."""
+    check(model)
     alleles_kl = np.ascontiguousarray(bits.unpack(model.bits_lw, model.k).T)
     trees = clusters.learn(alleles_kl, np.isinf(model.distance_l), model.config.clusters)
     weight_ks = clusters.posterior(trees, alleles_kl)
@@ -74,7 +79,7 @@ def tables(model: LiStephens) -> Tables:
 def paths(model: LiStephens, group_n: np.ndarray, seed: int, start: int, progress: Progress | None) -> Paths:
     """Of people start, start + 1, ... of these groups, int64 (n,): two haplotypes each, functions of model, seed and person."""
     known, n = model.cluster_tables, len(group_n)
-    contig_start = np.flatnonzero(np.isinf(model.distance_l))
+    contig_start, rare_l = np.flatnonzero(np.isinf(model.distance_l)), model.rare.common_l >= 0
     flips: list[np.ndarray] = []
     for at in range(0, n, _PEOPLE):
         some = group_n[at : at + _PEOPLE]
@@ -92,7 +97,6 @@ def paths(model: LiStephens, group_n: np.ndarray, seed: int, start: int, progres
             chosen = np.searchsorted(cumulative / cumulative[-1], pair_n[own], side="right")
             cluster_n[2 * own], cluster_n[2 * own + 1] = np.divmod(chosen, known.pair_gss.shape[1])
         drawn_nl = clusters.draw(known.trees, cluster_n, uniform_nl)
-        rare_l = model.rare.common_l >= 0
         drawn_nl[:, rare_l] = known.first_l[rare_l]
         for row_l, sites in zip(drawn_nl, new, strict=True):
             row_l[sites] ^= 1

@@ -60,7 +60,7 @@ def learn(alleles_nl: np.ndarray, contig_start_l: np.ndarray, clusters: int, *, 
         alt_sl = _frequencies(x_nl, weight_ns, mean_l)
         weight_ns = _posterior(x_nl @ np.log(alt_sl / (1 - alt_sl)).T + np.log1p(-alt_sl).sum(axis=1), weight_ns)
     parent_l = _parents(x_nl, weight_ns, np.cumsum(contig_start_l))
-    before_nl = np.where(parent_l >= 0, x_nl[:, np.maximum(parent_l, 0)], 0)
+    before_nl = _before(x_nl, parent_l)
     for _ in range(TREE_ROUNDS):
         weight_ns = _posterior(_log_within(_tables(x_nl, weight_ns, mean_l, parent_l), x_nl, before_nl), weight_ns)
     return Trees(parent_l, _tables(x_nl, weight_ns, mean_l, parent_l).astype(np.float32), _shares(weight_ns))
@@ -89,10 +89,8 @@ def foretell(trees: Trees, target_nl: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def posterior(trees: Trees, alleles_nl: np.ndarray) -> np.ndarray:
     """Probability of each cluster given a whole haplotype: uint8 (N, L), complete, to float64 (N, S), rows of sum 1."""
     x_nl = alleles_nl.astype(np.float32)
-    before_nl = np.where(trees.parent_l >= 0, x_nl[:, np.maximum(trees.parent_l, 0)], 0)
-    log_ns = _log_within(trees.alt_sla.astype(np.float64), x_nl, before_nl) + np.log(trees.share_s)
-    raised_ns = np.exp(log_ns - log_ns.max(axis=1, keepdims=True))
-    return np.asarray(raised_ns / raised_ns.sum(axis=1, keepdims=True))
+    log_ns = _log_within(trees.alt_sla.astype(np.float64), x_nl, _before(x_nl, trees.parent_l))
+    return _rows_to_one(log_ns + np.log(trees.share_s))
 
 
 def draw(trees: Trees, cluster_n: np.ndarray, uniform_nl: np.ndarray) -> np.ndarray:
@@ -104,8 +102,19 @@ def draw(trees: Trees, cluster_n: np.ndarray, uniform_nl: np.ndarray) -> np.ndar
     return drawn_nl
 
 
+def _before(x_nl: np.ndarray, parent_l: np.ndarray) -> np.ndarray:
+    """The allele of each site's parent, 0 where it has none; (N, L)."""
+    return np.where(parent_l >= 0, x_nl[:, np.maximum(parent_l, 0)], 0)
+
+
+def _rows_to_one(log_ns: np.ndarray) -> np.ndarray:
+    """Probabilities, rows of sum 1, in proportion to exp(log_ns)."""
+    raised_ns = np.exp(log_ns - log_ns.max(axis=1, keepdims=True))
+    return np.asarray(raised_ns / raised_ns.sum(axis=1, keepdims=True))
+
+
 def _log_within(alt_sla: np.ndarray, x_nl: np.ndarray, before_nl: np.ndarray) -> np.ndarray:
-    """log P_s(x), (N, S); `before_nl`: the allele of each site's parent, 0 where it has none."""
+    """log P_s(x), (N, S); `before_nl` as by `_before`."""
     ref, shift = np.log1p(-alt_sla), np.log(alt_sla / (1 - alt_sla))
     log_ns = x_nl @ shift[:, :, 0].T + (x_nl * before_nl) @ (shift[:, :, 1] - shift[:, :, 0]).T
     return np.asarray(log_ns + before_nl @ (ref[:, :, 1] - ref[:, :, 0]).T + ref[:, :, 0].sum(axis=1))
@@ -146,9 +155,7 @@ def _shares(weight_ns: np.ndarray) -> np.ndarray:
 
 def _posterior(log_ns: np.ndarray, weight_ns: np.ndarray) -> np.ndarray:
     """float32 (N, S): of the clusters, from log P(x | s) and the weights of the round before, whose sums are the shares."""
-    log_ns = log_ns + np.log(_shares(weight_ns))
-    raised_ns = np.exp(log_ns - log_ns.max(axis=1, keepdims=True))
-    return np.asarray(raised_ns / raised_ns.sum(axis=1, keepdims=True), np.float32)
+    return np.asarray(_rows_to_one(log_ns + np.log(_shares(weight_ns))), np.float32)
 
 
 def _frequencies(x_nl: np.ndarray, weight_ns: np.ndarray, mean_l: np.ndarray) -> np.ndarray:

@@ -517,7 +517,9 @@ def fit(
         np.full(panel.n_sites, config.mismatch), group_names, group_k, warnings,
     )  # fmt: skip
     if config.sampler == "clusters":
-        model.cluster_tables  # refuses what it cannot draw before anything takes long  # noqa: B018
+        from engine.genomics import cluster_sampler
+
+        cluster_sampler.check(model)
     if config.learn_rounds:
         model = _with_learned_rates(model, progress)
     if config.mix is not None:

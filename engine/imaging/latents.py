@@ -142,5 +142,7 @@ def encode_within(autoencoder: Autoencoder, x_bcdhw: Tensor, memory_gb: float) -
 def view_move(config: ImagingConfig, index: int, view: int) -> Move:
     """How view `view` of volume `index` is moved; view 0 is the volume itself."""
     flow = config.flow
-    most, turn, bend = (flow.shift_voxels, flow.turn_degrees, flow.bend_mm) if view else (0, 0.0, 0.0)
-    return random_move(config.seed, index * flow.views + view, most, turn, bend, "view")
+    if not view:
+        return Move((0, 0, 0))
+    at = index * flow.views + view
+    return random_move(config.seed, at, flow.shift_voxels, flow.turn_degrees, flow.bend_mm, "view")

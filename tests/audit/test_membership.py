@@ -153,7 +153,7 @@ def test_members_and_non_members_see_reference_pools_of_one_size():
 
 def test_a_split_that_puts_a_kind_of_people_on_one_side_convicts_nobody():
     """Two kinds of people; the second is three in four of training and one in four of the unseen. Rows like training's as a
-    whole, made by none of these people, lie near to training; copies of a tenth of them are still seen."""
+    whole, made by none of these people, lie near to training; near copies of training are still seen."""
     failed, areas = 0, []
     for seed in range(40):
         rng = np.random.default_rng([8, seed])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,14 @@ def test_nobody_is_copied_and_a_private_allele_is_not_either(model):
     rate = model.rare.rate_g.mean()
     assert 0 < rate < 0.01
     assert abs(x_nl[:, SITES - 1].mean() - rate) < 5 * np.sqrt(rate / 4000)
+    for told in (0.0, 0.9):  # whatever the clusters say of that site
+        other = replace(model)
+        trees = model.cluster_tables.trees
+        alt_sla = trees.alt_sla.copy()
+        alt_sla[:, SITES - 1] = told
+        other.__dict__["cluster_tables"] = model.cluster_tables._replace(trees=trees._replace(alt_sla=alt_sla))
+        assert np.array_equal(alleles(other.sample(2000, seed=1))[:, SITES - 1], x_nl[:, SITES - 1])
+    assert x_nl[:, SITES - 1].any()
 
 
 def test_what_it_cannot_draw_is_refused_when_it_is_fitted(monkeypatch):

@@ -234,6 +234,8 @@ def test_denormals_are_zero_while_a_job_runs_and_not_after_it(count):
     else:
         with pytest.raises(ValueError, match="leaves nothing"):
             in_threads(job, count)
+        assert (seen == 0).any()
+        assert ((seen == 0) | (seen == 1)).all(), "0 in whatever thread it ran, or not run"
     assert _times(*small) > 0
 
 
