@@ -32,6 +32,7 @@ beyond what the covariates say, along the same directions; where no covariate ch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +183,7 @@ class LinearMean(nn.Module):
         components, and for a follow-up in which no covariate changes."""
         if self.direction_kcdhw is None or self.deviation_2k is None:
             return 0.0
-        with torch.autocast(centred_bcdhw.device.type, enabled=False):
+        with _full_precision(centred_bcdhw):
             direction: Tensor = self.direction_kcdhw
             scale = 1.0
             if centred_bcdhw.shape[2:] != direction.shape[2:]:
@@ -213,7 +214,7 @@ class LinearMean(nn.Module):
         return condition.context_bcdhw[:, -1].flatten(1)[:, 0] > 0, changes_b
 
     def forward(self, condition: Condition, size: Sequence[int]) -> Tensor:
-        with torch.autocast(self.weight_kcdhw.device.type, enabled=False):  # a mean in bf16 would be noise to learn
+        with _full_precision(self.weight_kcdhw):  # a mean in bf16 would be noise to learn
             return self._mean(condition, size)
 
     def _mean(self, condition: Condition, size: Sequence[int]) -> Tensor:
@@ -276,3 +277,8 @@ def columns_of(covariates: Sequence[Covariate]) -> tuple[list[int], int]:
     return [len(c.levels) for c in covariates if c.kind == "categorical"], sum(
         c.kind == "continuous" for c in covariates
     )
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside; the meta device, on which costs are counted, has no autocast to switch off."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
