@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:  # before anything imports PyTorch or NumPy: workers with all processors each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
