@@ -280,6 +280,8 @@ def _engine_scans(task: Task) -> Made:
     settings["data"] = {
         "size": list(grid.size), "spacing_mm": list(grid.spacing_mm or ()), "modality": grid.modality, "holdout_share": 0.0,
     }  # fmt: skip
+    if task.track.scans is not None and task.track.scans.labels:
+        settings["data"].update(produce="mask", labels=task.track.scans.labels)
     settings["seed"] = task.seed
     config, run = task.out / "config.yaml", task.out / "run"
 

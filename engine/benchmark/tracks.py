@@ -54,6 +54,7 @@ class ScanData(_Strict):
     size: tuple[int, int, int]
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     modality: Literal["MR", "CT"] = "MR"
+    labels: list[int] = Field(default_factory=list, description="the scans are label maps of these values")
 
 
 class Entrant(_Strict):

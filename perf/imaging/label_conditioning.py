@@ -160,6 +160,7 @@ def main() -> None:
         "data.labels=[1,2]", "flow.label_map=true", f"autoencoder.steps={options.autoencoder_steps}", "flow.steps=1",
         "autoencoder.widths=[16,32]", "autoencoder.latent_channels=4", "autoencoder.adversarial_weight=0",
         "flow.widths=[32,64]", "flow.attention_levels=[1]", "flow.embedding_width=128", "flow.views=2",
+        "flow.linear_mean=false", "flow.components=0",
         "training.precision=fp32", *(f"{stage}.max_minutes=null" for stage in ("autoencoder", "flow")),
     ]  # fmt: skip
     config = load_config(_CONFIG, overrides)
