@@ -281,7 +281,7 @@ def _engine_scans(task: Task) -> Made:
         "size": list(grid.size), "spacing_mm": list(grid.spacing_mm or ()), "modality": grid.modality, "holdout_share": 0.0,
     }  # fmt: skip
     if task.track.scans is not None and task.track.scans.labels:
-        settings["data"].update(produce="mask", labels=task.track.scans.labels)
+        settings["data"].update(produce="mask", labels=sorted(set(task.track.scans.labels)))
     settings["seed"] = task.seed
     config, run = task.out / "config.yaml", task.out / "run"
 

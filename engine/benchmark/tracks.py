@@ -7,7 +7,7 @@ hash; the data themselves are nowhere in this project.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,7 +54,9 @@ class ScanData(_Strict):
     size: tuple[int, int, int]
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     modality: Literal["MR", "CT"] = "MR"
-    labels: list[int] = Field(default_factory=list, description="the scans are label maps of these values")
+    labels: list[Annotated[int, Field(ge=1, le=255)]] = Field(
+        default_factory=list, description="the scans are label maps of these values, and modelled as such by ours"
+    )
 
 
 class Entrant(_Strict):

@@ -13,9 +13,10 @@ from engine.benchmark import entrants
 from engine.benchmark.entrants import enter
 from engine.benchmark.entry import read_entry
 from engine.benchmark.scores import Score, score
+from engine.benchmark.sides import prepare
 from engine.errors import InputError
 from engine.imaging.commands import read_folder
-from engine.imaging.volume import read_volume, write_volume
+from engine.imaging.volume import Volume, read_volume, write_volume
 from engine.training import clock
 
 TRAINED = ("engine", "monai_ldm")
@@ -23,14 +24,18 @@ BUDGET_SECONDS = 6.0
 LOOK_SECONDS = 0.05  # that each look at the processor's clock takes below, so that no test depends on the machine
 
 
+def count_looks(patched: pytest.MonkeyPatch) -> None:
+    looks = itertools.count()
+    for module in (clock, entrants):
+        patched.setattr(module, "cpu_seconds", lambda: LOOK_SECONDS * next(looks))
+
+
 @pytest.fixture(scope="module")
 def entered(scan_sides, tmp_path_factory) -> Path:
     track, sides = scan_sides
     out = tmp_path_factory.mktemp("entries")
-    looks = itertools.count()
     with pytest.MonkeyPatch.context() as patched:
-        for module in (clock, entrants):
-            patched.setattr(module, "cpu_seconds", lambda: LOOK_SECONDS * next(looks))
+        count_looks(patched)
         for name in (*TRAINED, "ceiling", "copycat", "marginals"):
             enter(track, name, sides, out / name, seed=0, budget_seconds=BUDGET_SECONDS)
     return out
@@ -138,3 +143,25 @@ def test_sizes_that_do_not_halve_evenly_are_padded_and_cut_again(scan_sides) -> 
     made, words = train_and_sample(volumes, grid, 2, seed=0, used=lambda: float(next(used, 1.0)), **tiny)
     assert {volume.shape_dhw for volume in made} == {(10, 16, 13)}
     assert "steps of batch 2" in words
+
+
+def test_label_maps_are_modelled_as_such(scan_sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Balls of 255 in nothing: an image of them would hold what lies between."""
+    track, _ = scan_sides
+    shapes = track.model_copy(update={"scans": track.scans.model_copy(update={"labels": [255]})})
+    (tmp_path / "images").mkdir()
+    grid, rows = np.indices((16, 16, 16)) - 7.5, ["image,subject"]
+    for k in range(60):
+        at = np.random.default_rng(k).uniform(-2.5, 2.5, (3, 1, 1, 1))
+        ball = 255.0 * (np.sqrt(((grid - at) ** 2).sum(axis=0)) < 4)
+        volume = Volume(ball[None].astype(np.float32), np.diag([2.0, 2, 2, 1]), "MR", "arbitrary", {})
+        write_volume(volume, tmp_path / f"images/{k}.nii.gz")
+        rows.append(f"images/{k}.nii.gz,S{k}")
+    (tmp_path / "volumes.csv").write_text("\n".join(rows) + "\n")
+    sides = prepare(shapes, tmp_path, tmp_path / "split")
+    count_looks(monkeypatch)
+    enter(shapes, "engine", sides, tmp_path / "entry", seed=0, budget_seconds=4)
+    volumes, _ = read_folder(read_entry(tmp_path / "entry", "tinyscans").samples)
+    values = np.stack([v.array_cdhw for v in volumes])
+    assert set(np.unique(values)) == {0, 255}
+    assert 0.01 < (values > 0).mean() < 0.2  # a ball of 4 voxels has 0.065
