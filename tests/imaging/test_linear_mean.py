@@ -288,6 +288,20 @@ def test_fewer_components_where_there_are_few_scans_and_any_size() -> None:
     assert mean.pull(torch.randn(2, 2, 6, 8, 4), t, conditions(2, 25)).isfinite().all()
 
 
+def test_a_mean_in_mixed_precision_is_that_in_full(learned: LinearMean) -> None:
+    """What rounding to bf16 would add, the network would have to learn; the pull of the components likewise."""
+    unseen = conditions(50, 3)
+    mean = LinearMean([3], 2, SHAPE, earlier=False, components=2)
+    known = conditions(200, 1)
+    mean.set(truth(known) + torch.randn(200, *SHAPE, generator=torch.Generator().manual_seed(2)), known)
+    x, t = torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(8)), torch.full((50,), 0.5)
+    full = learned(unseen, SHAPE[1:]), mean.pull(x, t, unseen)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = learned(unseen, SHAPE[1:]), mean.pull(x, t, unseen)
+    for a, b in zip(full, mixed, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_another_size_takes_maps_between(learned: LinearMean) -> None:
     known = conditions(3, 14)
     larger = learned(known, (6, 8, 4))
