@@ -220,3 +220,9 @@ def patch_discriminator(config: AutoencoderConfig, channels: int) -> nn.Module:
     return PatchDiscriminator(
         spatial_dims=3, channels=config.discriminator_width, in_channels=channels, num_layers_d=2, norm="INSTANCE"
     )
+
+
+def feature_distance(output_lbcdhw: Sequence[Tensor], target_lbcdhw: Sequence[Tensor]) -> Tensor:
+    """Feature matching (Wang et al. 2018, pix2pixHD): mean absolute difference of a discriminator's maps, each layer alike."""
+    pairs = zip(output_lbcdhw, target_lbcdhw, strict=True)
+    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in pairs]).mean()

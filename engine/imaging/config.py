@@ -148,6 +148,11 @@ class AutoencoderConfig(Budget):
     )
     adversarial_weight: float = Field(0.0, ge=0, description="0 = no discriminator")
     adversarial_start: float = Field(0.5, ge=0, le=1, description="share of the stage after which it joins")
+    feature_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of what the discriminator sees in a scan and in its reconstruction, layer by layer, as L1",
+    )
     discriminator_width: int = Field(16, ge=4)
     crop_size: tuple[int, int, int] | None = Field(
         None, description="train on random crops of this size; null: whole volumes"
@@ -157,6 +162,12 @@ class AutoencoderConfig(Budget):
     def _whole_or_crops(self) -> AutoencoderConfig:
         if self.crop_size is not None and (self.turn_degrees or self.bend_mm):
             raise ValueError("turn_degrees and bend_mm move whole volumes: leave them out where crop_size is given")
+        return self
+
+    @model_validator(mode="after")
+    def _features_of_a_discriminator(self) -> AutoencoderConfig:
+        if self.feature_weight and not self.adversarial_weight:
+            raise ValueError("feature_weight needs a discriminator: give adversarial_weight too")
         return self
 
     @property

@@ -29,6 +29,7 @@ from engine.imaging import field_of_view, monitor
 from engine.imaging.autoencoder import (
     Autoencoder,
     autoencoder_loss,
+    feature_distance,
     kl_per_element,
     patch_discriminator,
     reconstruction_loss,
@@ -254,9 +255,14 @@ def _train_autoencoder(
                     if adversary and adversarial:
                         adversary.requires_grad_(False)  # the plain module: a wrapper would wait for its gradients
                         with run.autocast():
-                            terms["adversarial"] = (adversary(seen)[-1].float() - 1.0).square().mean()
+                            *features, said = adversary(seen)
+                            terms["adversarial"] = (said.float() - 1.0).square().mean()
+                            if budget.feature_weight:
+                                terms["features"] = feature_distance(features, adversary(x)[:-1])
                         adversary.requires_grad_(True)
                         loss = loss + budget.adversarial_weight * terms["adversarial"]
+                        if budget.feature_weight:
+                            loss = loss + budget.feature_weight * terms["features"]
                     run.backward(loss, share, terms)
                 if adversarial:
                     with run.exchange(judge, share):

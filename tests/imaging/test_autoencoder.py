@@ -10,6 +10,7 @@ import torch
 from engine.imaging.autoencoder import (
     Autoencoder,
     depth_to_space,
+    feature_distance,
     gradient_l1,
     kl_per_element,
     label_loss,
@@ -71,6 +72,17 @@ def test_gradient_term_sees_blur_and_not_brightness():
     x = torch.randn(1, 1, 8, 8, 8)
     assert gradient_l1(x + 3.0, x).item() == pytest.approx(0.0, abs=1e-6)
     assert gradient_l1(torch.nn.functional.avg_pool3d(x, 3, 1, 1), x) > 0.5
+
+
+def test_layers_of_features_count_alike_whatever_their_size():
+    near, far = torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 64, 2, 2, 2)
+    assert feature_distance([near + 0.5, far - 0.25], [near, far]).item() == pytest.approx(0.375)
+    assert feature_distance([near, far], [near, far]).item() == 0
+
+
+def test_features_without_a_discriminator_are_refused():
+    with pytest.raises(ValueError, match="give adversarial_weight"):
+        AutoencoderConfig(steps=1, feature_weight=1.0)
 
 
 def test_losses_of_a_perfect_output_are_zero():

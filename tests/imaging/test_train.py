@@ -101,6 +101,22 @@ def test_adversarial_stage_resumes_bit_for_bit(tiny_config, table, tmp_path):
     assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_what_the_discriminator_sees_is_part_of_the_loss(tiny_config, table, tmp_path):
+    config = changed(
+        tiny_config, "autoencoder.steps=6", "autoencoder.adversarial_weight=0.1", "autoencoder.adversarial_start=0",
+        "autoencoder.feature_weight=0.7", "autoencoder.discriminator_width=4", "data.size=[32,32,32]", "flow.steps=1",
+        "training.log_every_steps=1",
+    )  # fmt: skip
+    train(config, table, tmp_path / "run")
+    said, budget = [e for e in lines(tmp_path / "run") if e["event"] == "autoencoder"], config.autoencoder
+    assert len(said) == 6
+    for e in said:
+        assert e["features"] > 0
+        whole = e["l1"] + budget.gradient_weight * e["gradient"] + budget.kl_weight * e["kl"]
+        whole += budget.adversarial_weight * e["adversarial"] + 0.7 * e["features"]
+        assert e["loss"] == pytest.approx(whole, rel=1e-4)
+
+
 def test_minutes_end_a_stage_and_the_log_says_so(tiny_config, table, tmp_path):
     config = changed(tiny_config, "autoencoder.steps=1000000", "autoencoder.max_minutes=0.01", "flow.max_minutes=1")
     train(config, table, tmp_path / "run")
