@@ -151,7 +151,7 @@ class AutoencoderConfig(Budget):
     feature_weight: float = Field(
         0.0,
         ge=0,
-        description="of what the discriminator sees in a scan and in its reconstruction, layer by layer, as L1",
+        description="of the L1 between what the discriminator, if any, sees in a scan and in its reconstruction",
     )
     discriminator_width: int = Field(16, ge=4)
     crop_size: tuple[int, int, int] | None = Field(
@@ -162,12 +162,6 @@ class AutoencoderConfig(Budget):
     def _whole_or_crops(self) -> AutoencoderConfig:
         if self.crop_size is not None and (self.turn_degrees or self.bend_mm):
             raise ValueError("turn_degrees and bend_mm move whole volumes: leave them out where crop_size is given")
-        return self
-
-    @model_validator(mode="after")
-    def _features_of_a_discriminator(self) -> AutoencoderConfig:
-        if self.feature_weight and not self.adversarial_weight:
-            raise ValueError("feature_weight needs a discriminator: give adversarial_weight too")
         return self
 
     @property

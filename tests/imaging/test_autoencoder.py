@@ -80,11 +80,6 @@ def test_layers_of_features_count_alike_whatever_their_size():
     assert feature_distance([near, far], [near, far]).item() == 0
 
 
-def test_features_without_a_discriminator_are_refused():
-    with pytest.raises(ValueError, match="give adversarial_weight"):
-        AutoencoderConfig(steps=1, feature_weight=1.0)
-
-
 def test_losses_of_a_perfect_output_are_zero():
     x = torch.randn(1, 1, 8, 8, 8)
     assert all(term == 0 for term in reconstruction_loss(SMALL, x, x).values())
