@@ -119,7 +119,7 @@ def sample(
     format: Annotated[str, typer.Option("--format", help="nifti, or dicom: one folder per series.")] = "nifti",
     json: JsonFlag = False,
 ) -> None:
-    """Write synthetic volumes; `--set age=70` fixes a covariate, the others follow the training distribution."""
+    """Write synthetic volumes; `--set age=70` fixes a covariate, the others are left open (with flow.linear_mean: average)."""
     from engine.imaging.shards import sample_shard
 
     with progress_bar() as progress:

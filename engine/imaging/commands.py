@@ -73,7 +73,8 @@ def sample_command(
     Args:
         n: subjects over all shards.
         shard: (i, k): this job's part; the volumes of all parts together are the bytes of a run without shards.
-        set: covariates of every subject at the baseline visit; those left out follow the training distribution.
+        set: covariates of every subject at the baseline visit; those left out are not given to the model, which draws
+            people as they come, and with `flow.linear_mean` people of average covariates, a little less spread.
         follow_up: a second visit of every subject, with the same identity and these covariates changed.
         covariates_csv: one row per visit with a column `subject` (its number from 0, or SYN and the number) and
             covariates; replaces `set`. Columns the model was not trained with are left out and named in the result.
