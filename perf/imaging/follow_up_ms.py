@@ -128,7 +128,7 @@ def direction(learned: Patient, judged: Patient, out: Path) -> dict[str, Any]:
     """Train on one patient, judge on the other."""
     out.mkdir(parents=True)
     places = judged.bricks(BRICK)
-    rows = write_bricks(learned, learned.bricks((12, 12, 6)), "train", out)
+    rows = write_bricks(learned, learned.bricks((BRICK[0] // 2, BRICK[1] // 2, BRICK[2] // 2)), "train", out)
     rows += write_bricks(judged, places, "holdout", out)
     with (out / "volumes.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0])
