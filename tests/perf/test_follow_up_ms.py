@@ -39,7 +39,7 @@ def test_visits_come_to_the_common_space_by_itks_transforms(module, tmp_path):
         nib.save(nib.Nifti1Image(brain, affine), tmp_path / "coregistered/patient01" / f"{name}.nii.gz")
     for study, matrix, translation, centre in (
         (1, np.eye(3), [1.5, -2.25, 3.0], [0.0, 0.0, 0.0]),
-        (2, turn, [0.0, 1.0, 0.0], [-1.0, 2.0, 4.0]),
+        (2, turn, [0.0, 1.0, 0.0], [-25.0, 30.0, 4.0]),  # an offset of 5 mm by the centre alone
     ):
         point = np.eye(4)  # common LPS to raw LPS, written out: matrix (x - centre) + centre + translation
         point[:3, :3], point[:3, 3] = matrix, np.array(translation) + centre - matrix @ centre
