@@ -64,8 +64,8 @@ class Case:
         peers: other software doing the same.
         floor_bytes: fewest bytes that must pass through memory, read plus written.
         floor_ops, limit: fewest operations, and the measured limit of the machine they are held against: "popcount"
-            (and or xor, popcount and add of one 64-bit word), "f32_fma" (multiply-adds), "copy" (bytes). The limits
-            are those of one thread times `threads`.
+            (and or xor, popcount and add of one 64-bit word), "f32_fma", "int8_unit" (multiply-adds), "copy" (bytes).
+            The limits are those of one thread times `threads`.
         threads: threads that ours and the peers may use.
         repeats: alternating timed runs of ours and of each peer.
         quick: part of `make perf`; False: only with --all.

@@ -6,6 +6,7 @@ that noise has lowered would flatter the kernels; threads run the same loop on d
     copy         bytes read plus written per second, arrays far larger than the last cache
     popcount     64-bit words through and, popcount and add per second, from registers
     popcount_tile    the same by the tile of engine.kernels.bits on rows in the first-level cache, for comparison
+    int8_unit    int8 multiply-adds per second by the matrix unit (Intel AMX), rows and columns from the first-level cache
     f32_fma      float32 multiply-adds per second from registers
     f32_gemm, f64_gemm, int8_gemm    multiply-adds per second of a matrix product: NumPy's BLAS or torch, whichever is
                  faster (int8: torch only)
@@ -28,7 +29,7 @@ from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-NAMES = ("copy", "popcount", "popcount_tile", "f32_fma", "f32_gemm", "f64_gemm", "int8_gemm")
+NAMES = ("copy", "popcount", "popcount_tile", "int8_unit", "f32_fma", "f32_gemm", "f64_gemm", "int8_gemm")
 _RUNS = 7
 _COPY_BYTES = 2**28
 _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
@@ -131,6 +132,26 @@ def _popcount_tile(threads: int) -> float:
     return _best(float(block * block * words * times), *[lambda a=a, c=c: loop(a, c) for a, c in data])
 
 
+def _int8_unit(threads: int) -> float | None:
+    from engine.kernels.bits import amx
+
+    if not amx.granted():
+        return None
+    times, steps = 100_000, 4  # 16 KiB for both sides
+
+    @numba.njit(nogil=True)
+    def loop(values: np.ndarray) -> None:
+        amx.take_unit(amx.SHAPE)
+        amx.clear_sums()
+        for _ in range(times):
+            for step in range(steps):
+                amx.add_products(values, 2 * step * amx.STEP, values, (2 * step + 1) * amx.STEP)
+        amx.give_back()
+
+    data = [np.zeros(2 * steps * amx.STEP, np.int8) for _ in range(threads)]
+    return _best(float(times * steps * 32 * 32 * 64), *[lambda values=values: loop(values) for values in data])
+
+
 def _best_product(threads: int, size: int, product: Callable[[], object]) -> float:
     """As `_best`, of one product of `size` x `size` that makes threads of its own."""
     clock, best = time.process_time if threads == 1 else time.perf_counter, 0.0
@@ -172,6 +193,7 @@ def limits(threads: int) -> dict[str, float | None]:
         "copy": _copy(threads),
         "popcount": _registers(threads, ir.VectorType(ir.IntType(64), _BYTES // 8), _and_popcount_add),
         "popcount_tile": _popcount_tile(threads),
+        "int8_unit": _int8_unit(threads),
         "f32_fma": _registers(threads, ir.VectorType(ir.FloatType(), _BYTES // 4), _multiply_add),
         "f32_gemm": _gemm(threads, "float32"),
         "f64_gemm": _gemm(threads, "float64"),

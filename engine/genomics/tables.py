@@ -20,7 +20,7 @@ from engine.genomics.panel import HaplotypePanel, read_panel
 from engine.kernels import bits, ld
 
 _BLOCK = 4096  # sites whose pairs are in memory at once, at the least
-_TRIANGLE_BYTES = 1 << 28  # of the rows of a triangle that are in memory at once
+_TRIANGLE_BYTES = 1 << 24  # of a piece of a triangle: memory of that size is used again, not asked for anew
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def ld_triangle(panel_path: Path, out: Path, *, measure: ld.Measure = "r2", unph
     """
     panel = read_panel(panel_path)
     _check_phase(panel, panel_path, unphased)
-    rows = max(1, min(4096, _TRIANGLE_BYTES // (4 * panel.n_sites)))
+    rows = max(32, _TRIANGLE_BYTES // (4 * panel.n_sites))
     written = 0
     with atomic_path(out) as partial, open(partial, "wb") as stream:
         for piece in ld.triangle(

@@ -23,8 +23,8 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 BLOCK = 32
-_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
-WIDE = "+avx512vpopcntdq" in _FEATURES
+FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
+WIDE = "+avx512vpopcntdq" in FEATURES
 _LANES, _ROWS = (8, 4) if WIDE else (4, 2)
 _VECTORS = 4  # of one accumulator each: 16 of 32 registers, or 8 of 16
 _DOT_VECTORS = 2  # of two accumulators each

@@ -404,7 +404,8 @@ def triangle(
     """The lower triangle with its diagonal, row by row, for matrices larger than memory.
 
     Args:
-        rows: rows of the matrix that are computed at once; rows * L float32 are held.
+        rows: of the matrix, most that a piece has. On the CPU a piece has no more than 256, and up to four pieces per thread
+            are held ahead of the reader; on a GPU rows * L float32.
 
     Yields:
         float32 (K,): the next rows, [i, 0], ..., [i, i] each. All pieces in order are what plink2 writes as `bin4 triangle`.
@@ -418,25 +419,8 @@ def triangle(
     name = checks.measure_name(measure, unphased)
     if rows < 1:
         raise UsageError("rows of 1 or more", str(rows), WHERE)
-    return _triangle(chosen, first, name, rows)
-
-
-def _triangle(chosen: Any, first: checks.Sites, measure: Measure, rows: int) -> Iterator[Any]:
-    for start in range(0, len(first.bits_lw), rows):
-        stop = min(start + rows, len(first.bits_lw))
-        below = chosen.matrix(_cut(first, start, stop), _cut(first, 0, stop), measure, None)
-        parts = [below[k, : start + k + 1] for k in range(stop - start)]
-        if isinstance(below, np.ndarray):
-            yield np.concatenate(parts)
-        else:
-            import torch
-
-            yield torch.cat(parts)
-
-
-def _cut(sites: checks.Sites, start: int, stop: int) -> checks.Sites:
-    missing_lw = None if sites.missing_lw is None else sites.missing_lw[start:stop]
-    return sites._replace(bits_lw=sites.bits_lw[start:stop], missing_lw=missing_lw)
+    made: Iterator[Any] = chosen.triangle(first, name, rows)
+    return made
 
 
 def r2(

@@ -12,13 +12,22 @@ import numpy as np
 
 from engine.kernels.ld import passes
 from engine.kernels.ld.checks import BlockRules, ClumpRules, Sites
-from engine.kernels.ld.numba_matrix import band, major_frequency, matrix, pair_tables, pair_values, pairs, prepare
+from engine.kernels.ld.numba_matrix import (
+    band,
+    major_frequency,
+    matrix,
+    pair_tables,
+    pair_values,
+    pairs,
+    prepare,
+    triangle,
+)
 from engine.kernels.ld.numba_prune import prune
 from engine.kernels.ld.numba_sinks import decay, score, threshold
 
 __all__ = [
     "band", "blocks", "clump", "decay", "major_frequency", "matrix", "pair_tables", "pair_values", "pairs", "prepare",
-    "prune", "score", "threshold",
+    "prune", "score", "threshold", "triangle",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ be overwritten.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -18,21 +19,28 @@ from numba.extending import intrinsic
 from engine.kernels.bits.tiles import BLOCK, WIDE, ctpop
 from engine.kernels.ld.checks import Sites
 from engine.kernels.ld.numba_tiles import (
+    AHEAD,
     CODES,
     PHASED,
     PHASED_MISSING,
+    STRIP,
     UNPHASED,
     Planes,
     blocks,
+    each,
     formula,
+    look_ahead,
     misses,
     ones_in_row,
+    reach_of,
     rows,
     run,
+    scratch,
+    sums_of,
     tile,
 )  # fmt: skip
 
-_SIDE = 256  # sites along a square: two of them and the words of its blocks fit a second-level cache
+_SIDE = STRIP * BLOCK  # sites along a square: two of them and the words of its blocks fit a second-level cache
 _LINE = 16  # float32 in a cache line
 _WIDTH = 16 if WIDE else 8  # float32 in a register
 _PAIRS_AT_ONCE = 65536
@@ -153,18 +161,23 @@ def _write(square: np.ndarray, out: np.ndarray, at: int, to: int) -> None:
 def _triangle_squares(code: int, a: Planes, out: np.ndarray, row: int) -> None:
     """Squares of one row of squares from the diagonal on, and their mirror images below it."""
     per, count = _SIDE // BLOCK, a.p0.shape[0]
-    counts = np.empty(6 * BLOCK * BLOCK, dtype=np.int32)
+    room, ahead = scratch(a), row * per
     square = np.empty(
         (_SIDE, _SIDE + _LINE), dtype=np.float32
     )  # rows 2**n bytes apart would share few lines of the cache
     mirrored = np.empty((_SIDE, _SIDE + _LINE), dtype=np.float32)
     first, last = row * per, min(count, (row + 1) * per)
+    reach = np.empty((last - first, 2), dtype=np.int64)
+    reach[:, 0], reach[:, 1] = np.arange(first, last), count
     for column in range(row, (count + per - 1) // per):
         begin, end = column * per, min(count, (column + 1) * per)
+        if (begin - first) % AHEAD == 0:
+            ahead = begin
+            look_ahead(a, first, a, ahead, reach, room)
         for j in range(begin, end):
             for i in range(first, min(last, j + 1)):
                 r0, c0 = (i - first) * BLOCK, (j - begin) * BLOCK
-                tile(code, a, i, a, j, counts, square, r0, c0)
+                tile(code, a, i, a, j, sums_of(a, i, first, a, j, ahead, room), square, r0, c0)
                 _mirror(square, r0, c0, square if column == row and i != j else mirrored)
         _write(square, out, row * _SIDE, column * _SIDE)
         if column != row:
@@ -174,16 +187,58 @@ def _triangle_squares(code: int, a: Planes, out: np.ndarray, row: int) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def _rectangle_squares(code: int, a: Planes, b: Planes, out: np.ndarray, row: int) -> None:
-    per = _SIDE // BLOCK
-    counts = np.empty(6 * BLOCK * BLOCK, dtype=np.int32)
+    per, count = _SIDE // BLOCK, b.p0.shape[0]
+    room, ahead = scratch(a), 0
     square = np.empty((_SIDE, _SIDE + _LINE), dtype=np.float32)
     first, last = row * per, min(a.p0.shape[0], (row + 1) * per)
-    for begin in range(0, b.p0.shape[0], per):
-        for j in range(begin, min(b.p0.shape[0], begin + per)):
+    reach = np.empty((last - first, 2), dtype=np.int64)
+    reach[:, 0], reach[:, 1] = 0, count
+    for begin in range(0, count, per):
+        if begin % AHEAD == 0:
+            ahead = begin
+            look_ahead(a, first, b, ahead, reach, room)
+        for j in range(begin, min(count, begin + per)):
             for i in range(first, last):
+                counts = sums_of(a, i, first, b, j, ahead, room)
                 tile(code, a, i, b, j, counts, square, (i - first) * BLOCK, (j - begin) * BLOCK)
         _write(square, out, row * _SIDE, begin * BLOCK)
     _fence()  # type: ignore[call-arg]
+
+
+def triangle(first: Sites, measure: str, rows: int) -> Iterator[np.ndarray]:
+    """float32 (K,): the next rows of the lower triangle, at most `rows` and a strip's."""
+    a, _ = blocks(first)
+    sites, at_once = len(first.bits_lw), min(rows, _SIDE)
+    at_once -= (
+        at_once % BLOCK if at_once > BLOCK else 0
+    )  # or a strip would begin within a block and have one more of them
+    starts = range(0, sites, at_once)
+    yield from each(lambda k: _lower_rows(CODES[measure], a, starts[k], min(starts[k] + at_once, sites)), len(starts))
+
+
+@numba.njit(cache=True, nogil=True)
+def _lower_rows(code: int, a: Planes, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of the lower triangle, one behind the other: squares are made as for a rectangle and cut off."""
+    out = np.empty((stop * (stop + 1) - start * (start + 1)) // 2, dtype=np.float32)
+    per, first, last = _SIDE // BLOCK, start // BLOCK, (stop + BLOCK - 1) // BLOCK
+    square, ahead = np.empty((_SIDE, _SIDE + _LINE), dtype=np.float32), 0
+    room = scratch(a)
+    reach = np.empty((last - first, 2), dtype=np.int64)
+    reach[:, 0], reach[:, 1] = 0, np.arange(first, last) + 1
+    for begin in range(0, last, per):
+        if begin % AHEAD == 0:
+            ahead = begin
+            look_ahead(a, first, a, ahead, reach, room)
+        for j in range(begin, min(last, begin + per)):
+            for i in range(max(first, j), last):
+                counts = sums_of(a, i, first, a, j, ahead, room)
+                tile(code, a, i, a, j, counts, square, (i - first) * BLOCK, (j - begin) * BLOCK)
+        for site in range(start, stop):
+            at = (site * (site + 1) - start * (start + 1)) // 2 + begin * BLOCK
+            width = min(_SIDE, site + 1 - begin * BLOCK)
+            if width > 0:
+                out[at : at + width] = square[site - first * BLOCK, :width]
+    return out
 
 
 def band(first: Sites, end_l: np.ndarray, width: int, measure: str) -> np.ndarray:
@@ -191,25 +246,25 @@ def band(first: Sites, end_l: np.ndarray, width: int, measure: str) -> np.ndarra
     a, _ = blocks(first)
     out = np.empty((len(end_l), width), dtype=np.float32)
     if out.size:
-        run(lambda k: _band_row(CODES[measure], a, end_l, out, k), len(a.p0))
+        run(lambda k: _band_rows(CODES[measure], a, end_l, out, k * STRIP), -(-len(a.p0) // STRIP))
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _band_row(code: int, a: Planes, end_l: np.ndarray, out: np.ndarray, i: int) -> None:
-    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK), dtype=np.float32)
-    i0, i1 = i * BLOCK, min(len(end_l), (i + 1) * BLOCK)
-    for site in range(i0, i1):
+def _band_rows(code: int, a: Planes, end_l: np.ndarray, out: np.ndarray, first: int) -> None:
+    room, values = scratch(a), np.empty((BLOCK, BLOCK), dtype=np.float32)
+    reach = reach_of(a, True, end_l, first)
+    for site in range(first * BLOCK, min(len(end_l), (first + len(reach)) * BLOCK)):
         out[site, max(0, end_l[site] - site - 1) :] = np.nan
-    for j in range(i, (max(end_l[i1 - 1], i1) + BLOCK - 1) // BLOCK):
-        j0 = j * BLOCK
-        if j0 >= end_l[i1 - 1]:
-            break
-        tile(code, a, i, a, j, counts, values, 0, 0)
-        for r in range(i1 - i0):
-            site = i0 + r
-            for c in range(max(site + 1, j0), min(end_l[site], j0 + BLOCK)):
-                out[site, c - site - 1] = values[r, c - j0]
+    for j0 in range(first, reach[-1, 1], AHEAD):
+        look_ahead(a, first, a, j0, reach, room)
+        for i in range(first, first + len(reach)):
+            for j in range(max(j0, i), min(j0 + AHEAD, reach[i - first, 1])):
+                tile(code, a, i, a, j, sums_of(a, i, first, a, j, j0, room), values, 0, 0)
+                for r in range(min(BLOCK, len(end_l) - i * BLOCK)):
+                    site = i * BLOCK + r
+                    for c in range(max(site + 1, j * BLOCK), min(end_l[site], (j + 1) * BLOCK)):
+                        out[site, c - site - 1] = values[r, c - j * BLOCK]
 
 
 def pairs(first: Sites, i: np.ndarray, j: np.ndarray, measure: str) -> np.ndarray:

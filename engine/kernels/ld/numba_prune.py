@@ -57,7 +57,7 @@ def _prune(
     p1 = np.zeros(shape if a.kind & 1 else (0, 0, 0), dtype=np.uint64)
     p2 = np.zeros(shape if a.kind == 3 else (0, 0, 0), dtype=np.uint64)
     p3 = np.zeros(shape if a.kind >= PHASED_MISSING else (0, 0, 0), dtype=np.uint64)
-    slots = Planes(a.kind, a.n, p0, p1, p2, p3, np.zeros(places * BLOCK), np.zeros(places * BLOCK))
+    slots = Planes(a.kind, a.n, p0, p1, p2, p3, np.zeros(places * BLOCK), np.zeros(places * BLOCK), False)
     tenant = np.full(places * BLOCK, -1, dtype=np.int64)  # the site that stands in each place of `slots`
     counts, linked = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty(BLOCK, dtype=np.uint32)
     judged, settled, used, carried = (

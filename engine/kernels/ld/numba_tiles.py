@@ -14,11 +14,14 @@ import numba
 import numpy as np
 
 from engine.kernels import bits
+from engine.kernels.bits import amx
 from engine.kernels.bits.tiles import BLOCK, and_tile, ctpop, dot_tile, interleaved
 from engine.kernels.ld.checks import Sites
 
 CODES = {"r2": 0, "r": 1, "d": 2, "d_prime": 3, "r2_adjusted": 4}
 PHASED, UNPHASED, PHASED_MISSING, UNPHASED_MISSING = 0, 1, 2, 3
+STRIP, AHEAD = 8, 16  # block rows of a task, and block columns that it looks at before it goes on
+_MULTIPLIED_FROM = 256  # people; with fewer, spreading the values costs what multiplying them gains
 Result = TypeVar("Result")
 
 
@@ -28,7 +31,8 @@ class Planes(NamedTuple):
     kind: one of the four above. n: haplotypes or people. p0 ... p3: uint64, interleaved (blocks, W, 32) or rows (L, W):
     the alleles, or `nonzero`, `negative` of dosage - 1; where something is missing also `positive`, `observed`; planes that
     a kind does not need are p0 again. sum_l, variance_l: float64 (L,) or (blocks * 32,), of what each site has: sum, and n
-    times the sum of squares less the square of the sum.
+    times the sum of squares less the square of the sum. multiplied: sums are made many tiles at a time on the matrix unit
+    (`bits.amx`), not one by one by popcount; the same integers.
     """
 
     kind: int
@@ -39,6 +43,17 @@ class Planes(NamedTuple):
     p3: np.ndarray
     sum_l: np.ndarray
     variance_l: np.ndarray
+    multiplied: bool
+
+
+class Scratch(NamedTuple):
+    """What a task works in. counts: int32 (6 * 1024,), sums of one tile; sums: int32 (STRIP, AHEAD, 1024), those of many, and
+    values: int8, what they are made from; both empty where tiles are made one by one.
+    """
+
+    counts: np.ndarray
+    sums: np.ndarray
+    values: np.ndarray
 
 
 def rows(sites: Sites, missing: bool) -> Planes:
@@ -48,7 +63,7 @@ def rows(sites: Sites, missing: bool) -> Planes:
     if sites.unphased and not missing:
         p0, p1 = (np.empty((length, (n + 63) // 64), dtype=np.uint64) for _ in range(2))
         _dosages(sites.bits_lw, n, p0, p1, sum_l, variance_l)
-        return Planes(UNPHASED, n, p0, p1, p0, p0, sum_l, variance_l)
+        return Planes(UNPHASED, n, p0, p1, p0, p0, sum_l, variance_l, False)
     if sites.unphased:
         made = bits.dosage_planes(sites.bits_lw, sites.n, sites.missing_lw, implementation="numba")
         p0, p1, p2, p3 = made.nonzero_lw, made.negative_lw, made.nonzero_lw & ~made.negative_lw, made.observed_lw
@@ -61,7 +76,7 @@ def rows(sites: Sites, missing: bool) -> Planes:
         p1 = p2 = p0
     kind = int(sites.unphased) + 2 * int(missing)
     _moments(kind, n, p0, p1, p3, sum_l, variance_l)
-    return Planes(kind, n, p0, p1, p2, p3, sum_l, variance_l)
+    return Planes(kind, n, p0, p1, p2, p3, sum_l, variance_l, False)
 
 
 def blocks(sites: Sites, other: Sites | None = None) -> tuple[Planes, Planes]:
@@ -85,7 +100,8 @@ def blocks_of(planes: Planes) -> Planes:
     p0, p1, p2, p3 = (done[id(plane)] for plane in planes[2:6])
     sum_l, variance_l = np.zeros(len(p0) * BLOCK), np.zeros(len(p0) * BLOCK)
     sum_l[: len(planes.sum_l)], variance_l[: len(planes.sum_l)] = planes.sum_l, planes.variance_l
-    return Planes(planes.kind, planes.n, p0, p1, p2, p3, sum_l, variance_l)
+    multiplied = planes.kind == UNPHASED and planes.n >= _MULTIPLIED_FROM and amx.granted()
+    return Planes(planes.kind, planes.n, p0, p1, p2, p3, sum_l, variance_l, multiplied)
 
 
 def _masked(bits_lw: np.ndarray, n: int) -> np.ndarray:
@@ -200,15 +216,54 @@ _CELLS = BLOCK * BLOCK
 
 
 @numba.njit(cache=True, nogil=True)
+def scratch(a: Planes) -> Scratch:
+    rows = STRIP if a.multiplied else 0
+    values = np.empty(amx.STEP * amx.STRETCH * (rows + AHEAD) + 64 if a.multiplied else 0, dtype=np.int8)
+    values = values[-values.ctypes.data % 64 :]
+    return Scratch(np.empty(6 * _CELLS, dtype=np.int32), np.empty((rows, AHEAD, _CELLS), dtype=np.int32), values)
+
+
+@numba.njit(cache=True, nogil=True)
+def reach_of(a: Planes, same: bool, end_l: np.ndarray, first: int) -> np.ndarray:
+    """int64 (rows, 2): the block columns [from, to) that the block rows of a strip from `first` on ask for, where site i is
+    compared with the sites before end_l[i], and those after itself where both sets are the `same`."""
+    rows = min(STRIP, a.p0.shape[0] - first)
+    reach = np.empty((rows, 2), dtype=np.int64)
+    for i in range(rows):
+        end = end_l[min(len(end_l), (first + i + 1) * BLOCK) - 1]
+        reach[i, 0] = first + i if same else 0
+        reach[i, 1] = max(reach[i, 0], (end + BLOCK - 1) // BLOCK)
+    return reach
+
+
+@numba.njit(cache=True, nogil=True)
+def look_ahead(a: Planes, i0: int, b: Planes, j0: int, reach: np.ndarray, room: Scratch) -> None:
+    """Before `sums_of` the tiles of block rows from `i0` and block columns [j0, j0 + AHEAD); reach: int64 (rows, 2), the block
+    columns [from, to) that each row will ask for."""
+    if a.multiplied:
+        j1 = min(b.p0.shape[0], j0 + AHEAD)
+        amx.dot_tiles(a.p0, a.p1, i0, b.p0, b.p1, j0, j1, reach, room.values, room.sums)
+
+
+@numba.njit(cache=True, nogil=True)
+def sums_of(a: Planes, i: int, i0: int, b: Planes, j: int, j0: int, room: Scratch) -> np.ndarray:
+    """Sums of block i with block j as `tile_sums` lays them out, int32, after `look_ahead` from (i0, j0); the next call may
+    overwrite them."""
+    if a.multiplied:
+        return room.sums[i - i0, j - j0]
+    tile_sums(a, i, b, j, room.counts)
+    return room.counts
+
+
+@numba.njit(cache=True, nogil=True)
 def tile(
     code: int, a: Planes, i: int, b: Planes, j: int, counts: np.ndarray, out: np.ndarray, r0: int, c0: int
 ) -> None:
-    """out[r0 : r0 + 32, c0 : c0 + 32], float32 or float64: values of block i of `a` against block j of `b`.
+    """out[r0 : r0 + 32, c0 : c0 + 32], float32 or float64: values of block i of `a` against block j of `b`, of their sums.
 
-    `counts`: int32 (6 * 1024,), scratch. Lanes beyond the last site get values that mean nothing.
+    Lanes beyond the last site get values that mean nothing.
     """
     halves = 2.0 if a.kind & 1 else 1.0
-    tile_sums(a, i, b, j, counts)
     if a.kind == PHASED or a.kind == UNPHASED:
         i0, i1, j0, j1 = i * BLOCK, (i + 1) * BLOCK, j * BLOCK, (j + 1) * BLOCK
         _complete(
@@ -306,8 +361,8 @@ def _observed(code: int, halves: float, counts: np.ndarray, out: np.ndarray, r0:
 @numba.njit(cache=True, nogil=True)
 def judge(a: Planes, i: int, b: Planes, j: int, most: float, counts: np.ndarray, linked: np.ndarray) -> None:
     """linked uint32 (32,): bit c of r where x x > most vx vy, for the sums of one tile. No quotient, and a bit for a pair."""
-    sums = counts.reshape(6, BLOCK, BLOCK)
     if a.kind >= PHASED_MISSING:
+        sums = counts.reshape(6, BLOCK, BLOCK)
         for r in range(BLOCK):
             word = np.uint32(0)
             for c in range(BLOCK):
@@ -317,11 +372,11 @@ def judge(a: Planes, i: int, b: Planes, j: int, most: float, counts: np.ndarray,
                 word |= np.uint32(x * x > most * vx * vy) << np.uint32(c)
             linked[r] = word
         return
-    n = np.float64(a.n)
+    n, products = np.float64(a.n), counts[:_CELLS].reshape(BLOCK, BLOCK)
     sum_j, variance_j = b.sum_l[j * BLOCK : (j + 1) * BLOCK], b.variance_l[j * BLOCK : (j + 1) * BLOCK]
     for r in range(BLOCK):
         sx, bound, word = a.sum_l[i * BLOCK + r], most * a.variance_l[i * BLOCK + r], np.uint32(0)
         for c in range(BLOCK):
-            x = n * np.float64(sums[0, r, c]) - sx * sum_j[c]
+            x = n * np.float64(products[r, c]) - sx * sum_j[c]
             word |= np.uint32(x * x > bound * variance_j[c]) << np.uint32(c)
         linked[r] = word

@@ -1,4 +1,5 @@
 """Clumps and haplotype blocks: passes on the host that ask an implementation for the pairs they need, a few thousand at a time.
+And the triangle of one that makes rectangles.
 
 `source` is the implementation's module, with `prepare(sites)`, `pair_values(prepared, i, j, measure)`,
 `pair_tables(prepared, i, j)` and `major_frequency(prepared)`; all but the first give arrays in host memory.
@@ -7,6 +8,7 @@ reference_greedy.py has the definitions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -16,6 +18,25 @@ from engine.kernels.ld import likelihood
 from engine.kernels.ld.checks import EPSILON, BlockRules, ClumpRules, Sites
 
 _PAIRS_AT_ONCE = 1 << 18
+
+
+def triangle(first: Sites, measure: str, rows: int, source: Any) -> Iterator[Any]:
+    """The lower triangle, `rows` rows at a time, from the rectangles of `source.matrix`."""
+
+    def cut(start: int, stop: int) -> Sites:
+        missing_lw = None if first.missing_lw is None else first.missing_lw[start:stop]
+        return first._replace(bits_lw=first.bits_lw[start:stop], missing_lw=missing_lw)
+
+    for start in range(0, len(first.bits_lw), rows):
+        stop = min(start + rows, len(first.bits_lw))
+        below = source.matrix(cut(start, stop), cut(0, stop), measure, None)
+        parts = [below[k, : start + k + 1] for k in range(stop - start)]
+        if isinstance(below, np.ndarray):
+            yield np.concatenate(parts)
+        else:
+            import torch
+
+            yield torch.cat(parts)
 
 
 def clump(first: Sites, rules: ClumpRules, source: Any) -> np.ndarray:

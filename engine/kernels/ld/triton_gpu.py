@@ -8,6 +8,8 @@ down, triton_sinks.py reduces them as they come. Clumps and blocks are passes on
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from engine.kernels.ld.triton_values import INTERPRETED, prepare
 
 __all__ = [
     "INTERPRETED", "band", "blocks", "clump", "decay", "major_frequency", "matrix", "pair_tables", "pair_values", "pairs",
-    "prepare", "prune", "score", "threshold",
+    "prepare", "prune", "score", "threshold", "triangle",
 ]  # fmt: skip
 
 
@@ -31,3 +33,8 @@ def clump(first: Sites, rules: ClumpRules) -> np.ndarray:
 def blocks(first: Sites, rules: BlockRules) -> np.ndarray:
     """int64 (L,), on the host: number of the haplotype block of each site, -1 where it is in none."""
     return passes.blocks(first, rules, sys.modules[__name__])
+
+
+def triangle(first: Sites, measure: str, rows: int) -> Iterator[Any]:
+    """float32 (K,), on the card: the next rows of the lower triangle, `rows` of them."""
+    return passes.triangle(first, measure, rows, sys.modules[__name__])

@@ -1,0 +1,163 @@
+"""Products on the matrix unit: the same integers as popcount, whether or not this processor has the unit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+import pytest
+
+from engine.kernels import ld
+from engine.kernels.bits import amx, tiles
+from engine.kernels.ld import numba_tiles
+from engine.kernels.ld.checks import Sites
+
+sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
+from ld_panels import draw, linked, pack, positions, same
+
+GUARD = 64
+
+
+def scratch(rows, columns):
+    """int8 that begins on a cache line, and the same with guards around it."""
+    size = amx.STEP * amx.STRETCH * (rows + columns)
+    whole = np.full(size + 2 * GUARD + 64, 77, dtype=np.int8)
+    start = GUARD + (-(whole.ctypes.data + GUARD) % 64)
+    return whole[start : start + size], whole, start
+
+
+def draw_values(rows, people, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-1, 2, (rows, people)).astype(np.int8)
+    minus = (values < 0) | ((values == 0) & (rng.random(values.shape) < 0.5))  # not read where the value is 0
+    return values, tiles.interleaved(pack(values != 0)), tiles.interleaved(pack(minus))
+
+
+implementations = [amx._dot_tiles_counted] + [amx._dot_tiles_multiplied] * amx.granted()
+
+
+@pytest.mark.parametrize("dot_tiles", implementations)
+@pytest.mark.parametrize("people", [1, 63, 64, 65, 448, 511, 512, 513, 1500])
+@pytest.mark.parametrize("shape", [(1, 1, 0, 0), (3, 5, 1, 2), (8, 16, 2, 4)])
+def test_sums_of_products(dot_tiles, people, shape):
+    rows, columns, i0, j0 = shape
+    a, a_some, a_minus = draw_values((i0 + rows) * 32 - 3, people, 1)
+    b, b_some, b_minus = draw_values((j0 + columns) * 32 - 5, people, 2)
+    reach = np.sort(np.random.default_rng(3).integers(0, j0 + columns + 3, (rows, 2)), axis=1)
+    reach[0] = 0, j0 + columns + 7
+    values, whole, start = scratch(rows, columns)
+    sums = np.full((rows, columns + 1, 1024), -12345, dtype=np.int32)
+    dot_tiles(a_some, a_minus, i0, b_some, b_minus, j0, j0 + columns, reach, values, sums)
+    wanted = np.zeros(((i0 + rows) * 32, (j0 + columns) * 32), dtype=np.int32)
+    wanted[: len(a), : len(b)] = a.astype(np.int32) @ b.T.astype(np.int32)
+    asked = 0
+    for i in range(rows):
+        for j in range(max(j0, reach[i, 0]), min(j0 + columns, reach[i, 1])):
+            block = wanted[(i0 + i) * 32 : (i0 + i + 1) * 32, j * 32 : (j + 1) * 32]
+            same(sums[i, j - j0].reshape(32, 32), block)
+            asked += 1
+    assert asked >= columns
+    assert (sums[:, columns] == -12345).all()
+    assert (whole[:start] == 77).all()
+    assert (whole[start + len(values) :] == 77).all()
+
+
+@pytest.mark.parametrize("dot_tiles", implementations)
+def test_nobody(dot_tiles):
+    nothing = np.empty((1, 0, 32), dtype=np.uint64)
+    sums = np.full((1, 1, 1024), 7, dtype=np.int32)
+    dot_tiles(nothing, nothing, 0, nothing, nothing, 0, 1, np.array([[0, 1]]), scratch(1, 1)[0], sums)
+    assert not sums.any()
+
+
+@pytest.fixture(params=[True, False], ids=["multiplied", "counted"])
+def unit(request, monkeypatch):
+    if request.param and not amx.granted():
+        pytest.skip("no matrix unit in this processor, or not for this process")
+    if not request.param:
+        monkeypatch.setattr(amx, "granted", lambda: False)
+    return request.param
+
+
+PEOPLE = 300
+
+
+def test_it_is_taken_from_some_number_of_people_on(unit):
+    for people, wanted in ((255, False), (256, unit)):
+        bits = draw(40, 2 * people)[1]
+        planes, _ = numba_tiles.blocks(Sites(bits, 2 * people, None, True))
+        assert planes.multiplied == wanted
+    assert not numba_tiles.blocks(Sites(bits, 2 * people, None, False))[0].multiplied
+    missing = np.zeros_like(bits)
+    missing[3, 0] = 1
+    assert not numba_tiles.blocks(Sites(bits, 2 * people, missing, True))[0].multiplied
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sites", [1, 33, 255, 257, 530, 1100])
+def test_every_sink_gives_the_reference(unit, threads, sites):
+    n = 2 * PEOPLE
+    bits, other = linked(sites, n, seed=sites), linked(77, n, seed=5)
+    end_l = ld.window(sites, sites=300, bp=40_000, position_bp=positions(sites, 100_000))
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        for measure in ("r2", "d"):
+            cells = ld.matrix(bits, n, unphased=True, measure=measure)
+            same(cells, ld.matrix(bits, n, unphased=True, measure=measure, implementation="reference"))
+        cells = ld.matrix(bits, n, unphased=True)
+        same(
+            ld.matrix(other, n, bits, unphased=True),
+            ld.matrix(other, n, bits, unphased=True, implementation="reference"),
+        )
+        same(np.concatenate(list(ld.triangle(bits, n, unphased=True, rows=290))), cells[np.tril_indices(sites)])
+        for ends in (None, end_l):
+            wanted = ld.threshold(bits, n, 0.1, end_l=ends, unphased=True, implementation="reference")
+            for got, one in zip(ld.threshold(bits, n, 0.1, end_l=ends, unphased=True), wanted, strict=True):
+                same(got, one)
+        for got, one in zip(
+            ld.threshold(bits, n, 0.1, other, unphased=True),
+            ld.threshold(bits, n, 0.1, other, unphased=True, implementation="reference"),
+            strict=True,
+        ):
+            same(got, one)
+        same(ld.band(bits, n, end_l, unphased=True), ld.band(bits, n, end_l, unphased=True, implementation="reference"))
+        np.testing.assert_allclose(
+            ld.score(bits, n, end_l, unphased=True),
+            ld.score(bits, n, end_l, unphased=True, implementation="reference"), rtol=1e-12,
+        )  # fmt: skip
+        place, edges = np.sort(positions(sites, 100_000)), [5_000, 9_000, 30_000, 70_000]
+        sums, pairs = ld.decay(bits, n, place, edges, unphased=True)
+        wanted_sums, wanted_pairs = ld.decay(bits, n, place, edges, unphased=True, implementation="reference")
+        same(pairs, wanted_pairs)
+        np.testing.assert_allclose(sums, wanted_sums, rtol=1e-12)
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_other_users_of_the_unit_are_not_disturbed():
+    """PyTorch multiplies int8 and bfloat16 on the same registers, in this thread."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.integers(-9, 9, (64, 64)).astype(np.int8)) for _ in range(2))
+    real = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole, product = torch._int_mm(a, b), real.float() @ real.float()
+    bits = linked(100, 2 * PEOPLE)
+    wanted = ld.r2(bits, 2 * PEOPLE, unphased=True, implementation="reference")
+    for _ in range(3):
+        same(ld.r2(bits, 2 * PEOPLE, unphased=True), wanted)
+        assert torch.equal(torch._int_mm(a, b), whole)
+        torch.testing.assert_close((real @ real).float(), product, rtol=2e-2, atol=0.2)
+
+
+def test_without_the_unit_or_without_leave(monkeypatch):
+    code = "from engine.kernels.bits import amx; print(amx.COMPILED, amx.granted(), amx._dot_tiles is amx._dot_tiles_counted)"
+    hidden = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    assert run_python(code, **hidden) == "False False True"
+    refused = SimpleNamespace(syscall=lambda *_: -1)
+    monkeypatch.setattr(amx.ctypes, "CDLL", lambda *_, **__: refused)
+    assert not amx.granted.__wrapped__()
