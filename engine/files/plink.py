@@ -25,7 +25,7 @@ from engine.files.genetic_map import plain_contig
 from engine.files.genotypes import Block, GenotypeData, Layout
 from engine.kernels import bits
 
-_BLOCK_BYTES = 48 << 20  # int32 alleles held at one time
+_BLOCK_BYTES = 1 << 20  # int32 alleles held at one time: they are packed while the caches have them
 _MAX_LINE = 1 << 24
 _ONE = np.uint64(1)
 
@@ -113,11 +113,14 @@ def _read_calls(
                 stop = min(start + limit, int(keep[-1]) + 1)
                 allele_bn, phase_bs = alleles[: stop - start], phases[: stop - start]
                 reader.read_alleles_and_phasepresent_range(start, stop, allele_bn, phase_bs)
-                if allele_bn.size and int((allele_bn.max(axis=1) - counts[start:stop]).max()) > 0:
-                    raise ValueError("an allele number beyond ALT")
                 end = row + int(counts[start:stop].sum())
                 lost_rw = np.empty((end - row, bits_lw.shape[1]), dtype=np.uint64)
-                phased &= bool(_pack_calls(allele_bn, phase_bs, counts[start:stop], bits_lw[row:end], lost_rw, het_s))
+                beyond, all_phased = _pack_calls(
+                    allele_bn, phase_bs, counts[start:stop], bits_lw[row:end], lost_rw, het_s
+                )
+                if beyond > 0:
+                    raise ValueError("an allele number beyond ALT")
+                phased &= bool(all_phased)
                 if lost_rw.any():
                     missing_lw = np.zeros_like(bits_lw) if missing_lw is None else missing_lw
                     missing_lw[row:end] = lost_rw
@@ -135,11 +138,16 @@ def _pack_calls(
     bits_rw: np.ndarray,
     missing_rw: np.ndarray,
     het_s: np.ndarray,
-) -> bool:
-    """A row of bits and of missing for each ALT of each variant; marks who has a het call, says whether all are phased."""
-    phased, row = True, 0
+) -> tuple[int, bool]:
+    """A row of bits and of missing for each ALT of each variant; marks who has a het call. By how much an allele number is
+    beyond the last ALT (0 or less: none is), and whether all are phased."""
+    phased, row, beyond = True, 0, -1
     for b in range(allele_bn.shape[0]):
         called = allele_bn[b]
+        most = np.int32(-1)
+        for k in range(len(called)):
+            most = max(most, called[k])
+        beyond = max(beyond, most - counts_b[b])
         for alt in range(1, counts_b[b] + 1):
             for w in range(bits_rw.shape[1]):
                 word, lost = np.uint64(0), np.uint64(0)
@@ -153,7 +161,7 @@ def _pack_calls(
             het = called[2 * s] != called[2 * s + 1]
             het_s[s] |= het
             phased &= phase_bs[b, s] or not het
-    return phased
+    return beyond, phased
 
 
 def _check_pgen(pgen: Path, samples: int, variants: int) -> None:
