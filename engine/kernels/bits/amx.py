@@ -50,11 +50,8 @@ def _call(builder: Any, name: str, kinds: list[Any], values: list[Any]) -> None:
 
 _BYTE, _INDEX = ir.IntType(8), ir.IntType(64)
 _ADDRESS = _BYTE.as_pointer()
-_SUMS, _LEFT, _RIGHT = (
-    ((0, 0, 0), (1, 0, 16), (2, 16, 0), (3, 16, 16)),
-    (4, 5),
-    (6, 7),
-)  # registers; of sums, row and column
+_SUMS = ((0, 0, 0), (1, 0, 16), (2, 16, 0), (3, 16, 16))  # registers, with the row and column of what they hold
+_LEFT, _RIGHT = (4, 5), (6, 7)
 
 
 def _data(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:

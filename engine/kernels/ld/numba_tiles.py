@@ -239,9 +239,9 @@ def reach_of(a: Planes, same: bool, end_l: np.ndarray, first: int) -> np.ndarray
 @numba.njit(cache=True, nogil=True)
 def look_ahead(a: Planes, i0: int, b: Planes, j0: int, reach: np.ndarray, room: Scratch) -> None:
     """Before `sums_of` the tiles of block rows from `i0` and block columns [j0, j0 + AHEAD); reach: int64 (rows, 2), the block
-    columns [from, to) that each row will ask for."""
+    columns [from, to) that each row will ask for, the last row for the furthest."""
     if a.multiplied:
-        j1 = min(b.p0.shape[0], j0 + AHEAD)
+        j1 = min(reach[-1, 1], j0 + AHEAD)
         amx.dot_tiles(a.p0, a.p1, i0, b.p0, b.p1, j0, j1, reach, room.values, room.sums)
 
 
