@@ -145,7 +145,8 @@ def _int8_unit(threads: int) -> float | None:
         amx.clear_sums()
         for _ in range(times):
             for step in range(steps):
-                amx.add_products(values, 2 * step * amx.STEP, values, (2 * step + 1) * amx.STEP)
+                a, b, half = 2 * step * amx.STEP, (2 * step + 1) * amx.STEP, amx.STEP // 2
+                amx.add_products(values, a, half, values, b, half, 64)
         amx.give_back()
 
     data = [np.zeros(2 * steps * amx.STEP, np.int8) for _ in range(threads)]

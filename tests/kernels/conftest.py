@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine.kernels import bits
+from engine.kernels.bits import amx
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +18,13 @@ def _compiled_before_np_empty_is_replaced():
     bits.unpack(bits_lw, 5)
     bits.transpose(bits_lw, 5)
     bits.popcount_rows(bits_lw)
+
+
+@pytest.fixture(
+    params=[True, False] if amx.granted() else [False], ids=lambda on: "on the matrix unit" if on else "in vectors"
+)
+def unit(request, monkeypatch):
+    """Both ways where the processor has a matrix unit, one where it has none."""
+    if not request.param:
+        monkeypatch.setattr(amx, "granted", lambda: False)
+    return request.param

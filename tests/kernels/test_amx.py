@@ -14,6 +14,9 @@ from engine.kernels import ld
 from engine.kernels.bits import amx, tiles
 from engine.kernels.ld import numba_tiles
 from engine.kernels.ld.checks import Sites
+from engine.kernels.nearest import numba_features
+from engine.kernels.nearest.numba_exact import L2, side
+from engine.kernels.nearest.products import COLUMNS, KINDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from child_python import run_python
@@ -74,15 +77,6 @@ def test_nobody(dot_tiles):
     assert not sums.any()
 
 
-@pytest.fixture(params=[True, False], ids=["multiplied", "counted"])
-def unit(request, monkeypatch):
-    if request.param and not amx.granted():
-        pytest.skip("no matrix unit in this processor, or not for this process")
-    if not request.param:
-        monkeypatch.setattr(amx, "granted", lambda: False)
-    return request.param
-
-
 PEOPLE = 300
 
 
@@ -137,6 +131,42 @@ def test_every_sink_gives_the_reference(unit, threads, sites):
         np.testing.assert_allclose(sums, wanted_sums, rtol=1e-12)
     finally:
         numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1), (16, 64, 63), (17, 65, 64), (33, 300, 65), (96, 257, 513), (97, 130, 1030)]
+)
+def test_products_of_features_are_those_of_vectors(kind, shape):
+    if not amx.granted():
+        pytest.skip("no matrix unit in this processor, or not for this process")
+    n, m, axes = shape
+    rng = np.random.default_rng(n)
+    rows = [side(rng.standard_normal((count, axes)).astype(np.float32), L2) for count in (n, m)]
+    geometry = numba_features._geometry("l2", rows[0], rows[1].rows_nd)
+    found = []
+    for granted in (amx.granted, lambda: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(amx, "granted", granted)
+            query, database = (
+                numba_features._coarse(one, geometry, KINDS[kind], of_query)
+                for one, of_query in zip(rows, (True, False))
+            )
+        assert query.for_unit == database.for_unit == (granted is amx.granted)
+        first = n // 96 * 96 if n % 96 else n - 96
+        panels, parts = -(-m // COLUMNS), []
+        for j in range(0, panels, 3):
+            out = np.full((96, min(3, panels - j) * COLUMNS), 12345, dtype=np.int32)
+            numba_features._products(KINDS[kind], query, database, first, n, j, min(panels, j + 3), out.reshape(-1))
+            parts.append(out[: n - first])
+        found.append(np.concatenate(parts, axis=1)[:, :m])
+    assert found[0].any()
+    if kind == "int8":
+        same(found[0], found[1])
+    else:
+        np.testing.assert_allclose(
+            found[0].view(np.float32), found[1].view(np.float32), rtol=1e-4, atol=1e-5 * axes**0.5
+        )
 
 
 def test_other_users_of_the_unit_are_not_disturbed():

@@ -55,6 +55,7 @@ def poisoned(compiled, monkeypatch):
     monkeypatch.setattr(np, "empty", poisoned_empty)
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", FEATURE_KINDS)
 @pytest.mark.parametrize("metric", METRICS)
@@ -95,6 +96,7 @@ def test_any_values(kind, metric, product, shape, k, seed):
     same(nearest.features_topk(query, database, k, metric=metric, product=product), wanted)
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("product", PRODUCTS[1:])
 def test_more_values_than_are_multiplied_at_once_and_more_pairs_than_are_held(metric, product, monkeypatch):
@@ -107,6 +109,7 @@ def test_more_values_than_are_multiplied_at_once_and_more_pairs_than_are_held(me
     same(got, nearest.features_topk(query, database, 2, metric=metric, implementation="reference"))
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("metric", METRICS)
 def test_levels_of_int8_whose_sums_wrap_around(metric):
     """2**17 times 127 * 127 is above 2**31: such rows take a coarser scale."""
@@ -119,6 +122,7 @@ def test_levels_of_int8_whose_sums_wrap_around(metric):
     same((distance, index), nearest.features_topk(query, database, 2, metric=metric, product="float32"))
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "float16"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_raw_patches(dtype, metric):
@@ -156,6 +160,7 @@ class Rows:
         return taken
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_set_need_fit_in_memory_and_tiles_change_nothing(metric, monkeypatch, tmp_path):
     query, database = features(200, 9, "ties", 1), features(700, 9, "ties", 2)

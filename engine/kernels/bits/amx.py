@@ -1,4 +1,4 @@
-"""Sums of products of values in {-1, 0, 1} on the matrix unit of a CPU (Intel AMX, int8), for the rooms that count pairs.
+"""The matrix unit of a CPU (Intel AMX), and sums of products of values in {-1, 0, 1} made on it, for rooms that count pairs.
 
 A block of 32 rows times a block of 32 columns and 64 observations at a time: four tile registers hold the 32 x 32 sums, two
 each the values of rows and of columns. Values are spread from the bits of two planes (not zero, negative) when they are
@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from engine.kernels.bits.tiles import BLOCK, FEATURES, dot_tile
 
-COMPILED = all(f"+{name}" in FEATURES for name in ("amx-tile", "amx-int8", "avx512bw"))
+COMPILED = all(f"+{name}" in FEATURES for name in ("amx-tile", "amx-int8", "amx-bf16", "avx512bw"))
 STRETCH = 8  # words of a stretch: 32 x 512 bytes of one side fit the first-level cache beside as many of the other
 STEP = BLOCK * 64  # bytes of a block's values in one word of its planes
 _ASK, _TILE_DATA = 0x1023, 18  # ARCH_REQ_XCOMP_PERM of arch_prctl, and the state that is asked for
@@ -79,22 +79,24 @@ def give_back(typingctx: Any) -> Any:
 
 
 def _move_sums(name: str) -> Any:
-    """Intrinsic (sums int32, at): the 32 x 32 sums from element `at`, row by row, to or from the registers."""
+    """Intrinsic (sums, at, pitch): 32 x 32 sums to or from the registers; the first is element `at` of an array of 32-bit
+    elements, rows are `pitch` elements apart (0: one row for all)."""
 
-    def move(typingctx: Any, sums: Any, at: Any) -> Any:
+    def move(typingctx: Any, sums: Any, at: Any, pitch: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            stride = builder.mul(args[2], _INDEX(4))
             for register, row, column in _SUMS:
-                start = builder.add(args[1], _INDEX(row * BLOCK + column))
+                start = builder.add(args[1], builder.add(builder.mul(args[2], _INDEX(row)), _INDEX(column)))
                 place = _data(context, builder, signature.args[0], args[0], start)
-                _call(builder, name, [_BYTE, _ADDRESS, _INDEX], [_BYTE(register), place, _INDEX(4 * BLOCK)])
+                _call(builder, name, [_BYTE, _ADDRESS, _INDEX], [_BYTE(register), place, stride])
             return context.get_dummy_value()
 
-        return types.void(sums, types.intp), codegen
+        return types.void(sums, types.intp, types.intp), codegen
 
     return intrinsic(move)
 
 
-_load_sums, _store_sums = _move_sums("tileloadd64"), _move_sums("tilestored64")
+load_sums, store_sums = _move_sums("tileloadd64"), _move_sums("tilestored64")
 
 
 @intrinsic
@@ -107,22 +109,37 @@ def clear_sums(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
-def add_products(typingctx: Any, left: Any, left_at: Any, right: Any, right_at: Any) -> Any:
-    """Sums in the registers += 32 rows of `left` times 32 columns of `right`, int8, 64 observations from bytes `..._at`."""
+def _adds_products(instruction: str) -> Any:
+    """Intrinsic (left, left_at, left_half, right, right_at, right_half, pitch): the sums in the registers += 32 rows of `left`
+    times 32 columns of `right`, 64 bytes of each.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for half in (0, 1):
-            for side, registers in ((0, _LEFT), (2, _RIGHT)):
-                start = builder.add(args[side + 1], _INDEX(half * STEP // 2))
-                place = _data(context, builder, signature.args[side], args[side], start)
-                _call(builder, "tileloadd64", [_BYTE, _ADDRESS, _INDEX], [_BYTE(registers[half]), place, _INDEX(64)])
-        for register, row, column in _SUMS:
-            one, two = _LEFT[row // 16], _RIGHT[column // 16]
-            _call(builder, "tdpbssd", [_BYTE] * 3, [_BYTE(register), _BYTE(one), _BYTE(two)])
-        return context.get_dummy_value()
+    `left_at` and `right_at` are the elements where the first 16 begin, the other 16 begin `..._half` elements on. Rows of the
+    left side lie one behind the other, 64 bytes each; rows of the right one, of 16 columns, are `pitch` bytes apart.
+    """
 
-    return types.void(left, types.intp, right, types.intp), codegen
+    def add(
+        typingctx: Any, left: Any, left_at: Any, left_half: Any, right: Any, right_at: Any, right_half: Any, pitch: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            for half in (0, 1):
+                for side, registers, stride in ((0, _LEFT, _INDEX(64)), (3, _RIGHT, args[6])):
+                    start = builder.add(args[side + 1], args[side + 2]) if half else args[side + 1]
+                    place = _data(context, builder, signature.args[side], args[side], start)
+                    _call(builder, "tileloadd64", [_BYTE, _ADDRESS, _INDEX], [_BYTE(registers[half]), place, stride])
+            for register, row, column in _SUMS:
+                one, two = _LEFT[row // 16], _RIGHT[column // 16]
+                _call(builder, instruction, [_BYTE] * 3, [_BYTE(register), _BYTE(one), _BYTE(two)])
+            return context.get_dummy_value()
+
+        number = types.intp
+        return types.void(left, number, number, right, number, number, number), codegen
+
+    return intrinsic(add)
+
+
+add_products = _adds_products("tdpbssd")  # int8 of both sides, to int32
+add_unsigned = _adds_products("tdpbusd")  # uint8 on the left, int8 on the right, to int32
+add_bfloat16 = _adds_products("tdpbf16ps")  # to float32; subnormal numbers count as zero
 
 
 @intrinsic
@@ -236,13 +253,13 @@ def _dot_tiles_multiplied(
                 if begin == 0:
                     clear_sums()
                 else:
-                    _load_sums(flat, at)
+                    load_sums(flat, at, BLOCK)
                 a, b = i * STRETCH * STEP, right + j * STRETCH * STEP
                 for _ in range(begin, end):
-                    add_products(values, a, values, b)
+                    add_products(values, a, STEP // 2, values, b, STEP // 2, 64)
                     a += STEP
                     b += STEP
-                _store_sums(flat, at)
+                store_sums(flat, at, BLOCK)
     give_back()
 
 

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from engine.kernels.bits import amx
 from engine.kernels.bits.tiles import trailing_zeros
 from engine.kernels.nearest import products
 from engine.kernels.nearest.checks import width
 from engine.kernels.nearest.numba_exact import L2, METRICS, Side, pair_distance, side
-from engine.kernels.nearest.products import COLUMNS, FLOAT32, INT8, KINDS, ROWS, Product
+from engine.kernels.nearest.products import BFLOAT16, COLUMNS, FLOAT32, INT8, KINDS, ROWS, UNIT, Product
 from engine.kernels.nearest.rows import (  # fmt: skip
     NOT_SELF,
     Exclude,
@@ -46,9 +47,10 @@ from engine.kernels.nearest.rows import (  # fmt: skip
 )
 
 _QUERY_BYTES, _DATABASE_BYTES = 2**28, 2**24  # of float32 rows held at a time
-_PANELS = 16  # of ROWS queries: a job
+_BLOCK = 96  # queries of a job: whole panels of ROWS, and of the matrix unit
 _CHUNK = 256 // COLUMNS  # panels of database rows whose products are taken at a time
 _STEPS = 512  # elements of a row whose products are taken at a time: both sides then fit the second-level cache
+_UNIT_STEPS = 128  # the same on the matrix unit: 32 rows of 512 bytes of each side fit the first-level one
 _SAMPLE, _SAMPLES = 128, 8  # rows that give the centre
 _HELD = 256  # pairs held back per query, besides 2 k
 _DIRECT = 8  # so few queries need no coarse product
@@ -57,7 +59,8 @@ _EVERY = -1  # in place of a kind of product: every pair passes
 
 
 class _Coarse(NamedTuple):
-    """Packed rows (`products.pack`); `size_n` no less than |a'|; maxima of `rest_n` and `size_n` over each panel."""
+    """Packed rows (`products.pack`); `size_n` no less than |a'|; maxima of `rest_n` and `size_n` over each panel; whether they
+    are packed for the matrix unit."""
 
     packed_psw: np.ndarray
     scale_n: np.ndarray
@@ -68,6 +71,7 @@ class _Coarse(NamedTuple):
     size_n: np.ndarray
     panel_rest_p: np.ndarray
     panel_size_p: np.ndarray
+    for_unit: bool
 
 
 class _Geometry(NamedTuple):
@@ -96,8 +100,8 @@ def features_topk(
     n = query_nd.shape[0]
     distance, index = np.full((n, k), -1, dtype=np.float32), np.full((n, k), -1, dtype=np.int64)
     threads = numba.get_num_threads()
-    for part in tiles(n, 4 * width(query_nd), _QUERY_BYTES, ROWS * _PANELS):
-        blocks = -(-(part.stop - part.start) // (ROWS * _PANELS))
+    for part in tiles(n, 4 * width(query_nd), _QUERY_BYTES, _BLOCK):
+        blocks = -(-(part.stop - part.start) // _BLOCK)
         parts = -(-2 * threads // blocks) if threads > 1 else 1
         values = np.full((part.stop - part.start, parts, k), np.inf, dtype=np.float32)
         indices = np.full(values.shape, -1, dtype=np.int64)
@@ -122,14 +126,14 @@ def features_range(
     """Offsets int64 (N + 1,), index int64 (R,), distance float32 (R,)."""
     n = query_nd.shape[0]
     found = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))]
-    for part in tiles(n, 4 * width(query_nd), _QUERY_BYTES, ROWS * _PANELS):
+    for part in tiles(n, 4 * width(query_nd), _QUERY_BYTES, _BLOCK):
 
         def search(block: int, given: tuple, start: int = part.start) -> tuple[int, int]:
             row, index, distance, passed = _range_block(*given, block, np.float32(radius))  # type: ignore[call-arg]
             found.append((row + start, index, distance))
             return passed, len(row)
 
-        blocks = -(-(part.stop - part.start) // (ROWS * _PANELS))
+        blocks = -(-(part.stop - part.start) // _BLOCK)
         _stream(query_nd, part, database_md, metric, exclude_self, exclude, product, blocks, search)
     offsets, index, distance = csr(n, found)
     return offsets, index, distance
@@ -159,14 +163,14 @@ def _stream(
     for tile in tiles(database_md.shape[0], 4 * axes, _DATABASE_BYTES, COLUMNS):
         database, kind = side(read_float32(database_md, tile), METRICS[metric]), levels[0]
         if kind not in coarse_queries:
-            coarse_queries[kind] = _coarse(query, geometry, kind, ROWS)
+            coarse_queries[kind] = _coarse(query, geometry, kind, True)
         given = (
             kind,
             geometry,
             query,
             coarse_queries[kind],
             database,
-            _coarse(database, geometry, kind, COLUMNS),
+            _coarse(database, geometry, kind, False),
             part.start - tile.start if exclude_self else NOT_SELF,
             *groups(exclude, part, tile),
             tile.start,
@@ -207,12 +211,17 @@ def _placed(side: Side, geometry: _Geometry) -> tuple[np.ndarray, np.ndarray, np
     return gain_n, side.mean_n * gain_n, np.where(directed, 0.0, 1.0)
 
 
-def _coarse(side: Side, geometry: _Geometry, kind: int, wide: int) -> _Coarse:
+def _coarse(side: Side, geometry: _Geometry, kind: int, of_query: bool) -> _Coarse:
+    for_unit = kind in (INT8, BFLOAT16) and amx.granted()
+    wide = (UNIT if for_unit else ROWS) if of_query else COLUMNS
     rows = 0 if kind == _EVERY else len(side.rows_nd)
     panels, steps = -(-rows // wide), -(-side.rows_nd.shape[1] // products.per_element(kind)) if rows else 0
+    if for_unit:  # whole registers, and two of them along the queries
+        panels, steps = panels + panels % 2 * of_query, -(-steps // UNIT) * UNIT
     storage = np.empty(panels * steps * wide + 16, dtype=np.int32)
     start = (-storage.ctypes.data % 64) // 4  # vectors must not straddle cache lines
     packed = storage[start : start + panels * steps * wide].reshape(panels, steps, wide)
+    packed[-1:] = 0
     scale_n, rest_n, whole_n, size_n = (np.zeros(panels * wide, dtype=np.float32) for _ in range(4))
     square_n = np.full(panels * wide, np.inf, dtype=np.float32)  # rows that fill the last panel are infinitely far
     start_n = np.zeros(panels * wide, dtype=np.int32)
@@ -225,32 +234,77 @@ def _coarse(side: Side, geometry: _Geometry, kind: int, wide: int) -> _Coarse:
             gain_n, shift_n, extra_n = (x[part] for x in placed)
             made = tuple(x[part] for x in found)
             products.pack(
-                side.rows_nd[part], gain_n, shift_n, extra_n, geometry.centre_d, kind, wide == ROWS, of_panels, *made
+                side.rows_nd[part],
+                gain_n,
+                shift_n,
+                extra_n,
+                geometry.centre_d,
+                kind,
+                of_query,
+                for_unit and of_query,
+                of_panels,
+                *made,
             )
 
         each_part(pack, rows, wide)
         size_n[:rows] = np.sqrt(square_n[:rows]) * np.float32(1 + 2.0**-20)
     panel_rest_p, panel_size_p = (x.reshape(panels, wide).max(axis=1, initial=0) for x in (rest_n, size_n))
-    return _Coarse(packed, scale_n, square_n, rest_n, whole_n, start_n, size_n, panel_rest_p, panel_size_p)
+    return _Coarse(packed, scale_n, square_n, rest_n, whole_n, start_n, size_n, panel_rest_p, panel_size_p, for_unit)
 
 
 @numba.njit(cache=True, nogil=True)
-def _products(
-    kind: int, query: _Coarse, database: _Coarse, i0: int, i1: int, j0: int, j1: int, out: np.ndarray
+def _in_vectors(
+    kind: int, query: _Coarse, database: _Coarse, n0: int, n1: int, j0: int, j1: int, out: np.ndarray
 ) -> None:
-    """Products of panels [i0, i1) and [j0, j1), int32 memory [i, j, ROWS, COLUMNS]."""
-    steps = query.packed_psw.shape[1]
-    a, b, size = query.packed_psw.reshape(-1), database.packed_psw.reshape(-1), ROWS * COLUMNS
+    steps, pitch = query.packed_psw.shape[1], (j1 - j0) * COLUMNS
+    a, b = query.packed_psw.reshape(-1), database.packed_psw.reshape(-1)
     for step in range(0, max(1, steps), _STEPS):
         for j in range(j0, j1):
-            for i in range(i0, i1):
-                at = ((i - i0) * (j1 - j0) + j - j0) * size
+            for i in range(n0 // ROWS, -(-n1 // ROWS)):
+                at = (i * ROWS - n0) * pitch + (j - j0) * COLUMNS
                 a_at, b_at = (i * steps + step) * ROWS, (j * steps + step) * COLUMNS
                 number = min(_STEPS, steps - step)
                 if step == 0:
-                    products.tile(kind, a, a_at, b, b_at, number, database.start_n, j * COLUMNS, 0, out, at)
+                    products.tile(kind, a, a_at, b, b_at, number, database.start_n, j * COLUMNS, 0, out, at, pitch)
                 else:
-                    products.tile(kind, a, a_at, b, b_at, number, out, at, COLUMNS, out, at)
+                    products.tile(kind, a, a_at, b, b_at, number, out, at, pitch, out, at, pitch)
+
+
+@numba.njit(cache=True, nogil=True)
+def _on_the_unit(
+    kind: int, query: _Coarse, database: _Coarse, n0: int, n1: int, j0: int, j1: int, out: np.ndarray
+) -> None:
+    steps, pitch = query.packed_psw.shape[1], (j1 - j0) * COLUMNS
+    a, b = query.packed_psw.reshape(-1), database.packed_psw.reshape(-1)
+    amx.take_unit(amx.SHAPE)  # type: ignore[call-arg]
+    for step in range(0, max(1, steps), _UNIT_STEPS):
+        number = min(_UNIT_STEPS, steps - step)
+        for n in range(n0, n1, 2 * UNIT):
+            a_at, b_at = (n // UNIT * steps + step) * UNIT, (j0 * steps + step) * COLUMNS
+            at = (n - n0) * pitch
+            if step == 0:
+                products.multiplied_tiles(
+                    kind, a, a_at, b, b_at, steps, j1 - j0, number, database.start_n, j0 * COLUMNS, 0, out, at, pitch
+                )
+            else:
+                products.multiplied_tiles(
+                    kind, a, a_at, b, b_at, steps, j1 - j0, number, out, at, pitch, out, at, pitch
+                )
+    amx.give_back()
+
+
+@numba.njit(cache=True, nogil=True)
+def _in_vectors_or_on_the_unit(
+    kind: int, query: _Coarse, database: _Coarse, n0: int, n1: int, j0: int, j1: int, out: np.ndarray
+) -> None:
+    """Products of queries [n0, n1) with panels [j0, j1): 32-bit elements [n - n0, j - j0, COLUMNS]."""
+    if query.for_unit:
+        _on_the_unit(kind, query, database, n0, n1, j0, j1, out)
+    else:
+        _in_vectors(kind, query, database, n0, n1, j0, j1, out)
+
+
+_products = _in_vectors_or_on_the_unit if amx.COMPILED else _in_vectors
 
 
 @numba.njit(cache=True, nogil=True)
@@ -362,11 +416,10 @@ def _topk_block(
 ) -> tuple[int, int]:
     """One block of queries against one part of the tile: pairs that were computed, and pairs that were kept."""
     pieces, k = value_npk.shape[1], value_npk.shape[2]
-    n0, n1 = block * _PANELS * ROWS, min(len(query.rows_nd), (block + 1) * _PANELS * ROWS)
+    n0, n1 = block * _BLOCK, min(len(query.rows_nd), (block + 1) * _BLOCK)
     panels = -(-len(database.rows_nd) // COLUMNS)
     j1 = (piece + 1) * panels // pieces
-    i0, i1 = block * _PANELS, -(-n1 // ROWS)
-    out = np.empty(_PANELS * _CHUNK * ROWS * COLUMNS, dtype=np.int32)
+    out = np.empty(_BLOCK * _CHUNK * COLUMNS, dtype=np.int32)
     real = out.view(np.float32)
     scale_n, square_n = coarse_database.scale_n, coarse_database.square_n
     panel_rest_p, panel_size_p = coarse_database.panel_rest_p, coarse_database.panel_size_p
@@ -381,13 +434,13 @@ def _topk_block(
     for j0 in range(piece * panels // pieces, j1, _CHUNK):
         wide = min(_CHUNK, j1 - j0)
         if kind != _EVERY:
-            _products(kind, coarse_query, coarse_database, i0, i1, j0, j0 + wide, out)
+            _products(kind, coarse_query, coarse_database, n0, n1, j0, j0 + wide, out)
         for r in range(rows):
             n = n0 + r
             twice: Any = np.float32(2) * coarse_query.scale_n[n] if kind != _EVERY else np.float32(0)
             for j in range(j0, j0 + wide):
                 columns: Any = _ALL
-                at = (((n // ROWS - i0) * wide + j - j0) * ROWS + n % ROWS) * COLUMNS
+                at = ((n - n0) * wide + j - j0) * COLUMNS
                 if kind != _EVERY:
                     least = _least(coarse_query, n, panel_rest_p[j], panel_size_p[j], reach[r], loss)
                     columns = products.near_columns(kind, out, at, scale_n, square_n, j * COLUMNS, twice, least)
@@ -438,10 +491,9 @@ def _range_block(
     radius: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Rows, indices and distances of the pairs of one block of queries within the radius; and how many pairs passed."""
-    n0, n1 = block * _PANELS * ROWS, min(len(query.rows_nd), (block + 1) * _PANELS * ROWS)
+    n0, n1 = block * _BLOCK, min(len(query.rows_nd), (block + 1) * _BLOCK)
     panels = -(-len(database.rows_nd) // COLUMNS)
-    i0, i1 = block * _PANELS, -(-n1 // ROWS)
-    out = np.empty(_PANELS * _CHUNK * ROWS * COLUMNS, dtype=np.int32)
+    out = np.empty(_BLOCK * _CHUNK * COLUMNS, dtype=np.int32)
     scale_n, square_n = coarse_database.scale_n, coarse_database.square_n
     panel_rest_p, panel_size_p = coarse_database.panel_rest_p, coarse_database.panel_size_p
     loss, reach = _loss(kind, query.rows_nd.shape[1]), _reach(geometry, radius)
@@ -451,13 +503,13 @@ def _range_block(
     for j0 in range(0, panels, _CHUNK):
         width = min(_CHUNK, panels - j0)
         if kind != _EVERY:
-            _products(kind, coarse_query, coarse_database, i0, i1, j0, j0 + width, out)
+            _products(kind, coarse_query, coarse_database, n0, n1, j0, j0 + width, out)
         for n in range(n0, n1):
             twice: Any = np.float32(2) * coarse_query.scale_n[n] if kind != _EVERY else np.float32(0)
             for j in range(j0, j0 + width):
                 columns: Any = _ALL
                 if kind != _EVERY:
-                    at = (((n // ROWS - i0) * width + j - j0) * ROWS + n % ROWS) * COLUMNS
+                    at = ((n - n0) * width + j - j0) * COLUMNS
                     least = _least(coarse_query, n, panel_rest_p[j], panel_size_p[j], reach, loss)
                     columns = products.near_columns(kind, out, at, scale_n, square_n, j * COLUMNS, twice, least)
                 while columns:
