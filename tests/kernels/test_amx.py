@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import pytest
+from numba import types
+from numba.extending import intrinsic
 
-from engine.kernels import ld
+from engine.kernels import ld, nearest
 from engine.kernels.bits import amx, tiles
 from engine.kernels.ld import numba_tiles
 from engine.kernels.ld.checks import Sites
@@ -182,6 +184,47 @@ def test_other_users_of_the_unit_are_not_disturbed():
         same(ld.r2(bits, 2 * PEOPLE, unphased=True), wanted)
         assert torch.equal(torch._int_mm(a, b), whole)
         torch.testing.assert_close((real @ real).float(), product, rtol=2e-2, atol=0.2)
+
+
+@intrinsic
+def _shapes(typingctx, out):
+    """The 64 bytes that say how the registers are shaped; zeros where nobody holds them."""
+
+    def codegen(context, builder, signature, args):
+        place = amx._data(context, builder, signature.args[0], args[0], amx._INDEX(0))
+        amx._call(builder, "sttilecfg", [amx._ADDRESS], [place])
+        return context.get_dummy_value()
+
+    return types.void(out), codegen
+
+
+@pytest.mark.skipif(not amx.granted(), reason="no matrix unit in this processor, or not for this process")
+def test_the_unit_is_given_back():
+    @numba.njit
+    def read(out):
+        _shapes(out)
+
+    @numba.njit
+    def take():
+        amx.take_unit(amx.SHAPE)
+
+    shapes, before = np.zeros(64, dtype=np.uint8), numba.get_num_threads()
+    read(shapes)
+    numba.set_num_threads(1)  # in this thread
+    try:
+        ld.r2(linked(100, 2 * PEOPLE), 2 * PEOPLE, unphased=True)
+        read(shapes)
+        assert not shapes.any()
+        rows = np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32)
+        nearest.features_topk(rows, rows, 1, product="int8")
+        read(shapes)
+        assert not shapes.any()
+        take()
+        read(shapes)
+        assert shapes.any(), "or nothing is read at all"
+    finally:
+        numba.set_num_threads(before)
+        ld.r2(linked(100, 2 * PEOPLE), 2 * PEOPLE, unphased=True)
 
 
 def test_without_the_unit_or_without_leave(monkeypatch):
