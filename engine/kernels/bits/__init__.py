@@ -8,7 +8,7 @@ Unphased genotypes are three planes of one bit per person (`dosage_planes`): the
 0, else -1 where `negative` is 1, else 1.
 
 What the bits mean (which allele, which person) is left to the rooms above. Register tiles that count pairs of rows, for the
-kernels of other rooms, are in `tiles` (CPU) and `triton_tiles` (GPU).
+kernels of other rooms, are in `tiles` and `amx` (CPU) and `triton_tiles` (GPU).
 """
 
 from __future__ import annotations
