@@ -245,7 +245,7 @@ def look_ahead(a: Planes, i0: int, b: Planes, j0: int, reach: np.ndarray, room: 
         amx.dot_tiles(a.p0, a.p1, i0, b.p0, b.p1, j0, j1, reach, room.values, room.sums)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def sums_of(a: Planes, i: int, i0: int, b: Planes, j: int, j0: int, room: Scratch) -> np.ndarray:
     """Sums of block i with block j as `tile_sums` lays them out, int32, after `look_ahead` from (i0, j0); the next call may
     overwrite them."""
