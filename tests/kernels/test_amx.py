@@ -228,7 +228,7 @@ def test_the_unit_is_given_back():
 
 
 def test_without_the_unit_or_without_leave(monkeypatch):
-    code = "from engine.kernels.bits import amx; print(amx.COMPILED, amx.granted(), amx._dot_tiles is amx._dot_tiles_counted)"
+    code = "from engine.kernels.bits import amx; print(amx.COMPILED, amx.granted(), amx.dot_tiles is amx._dot_tiles_counted)"
     hidden = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
     assert run_python(code, **hidden) == "False False True"
     refused = SimpleNamespace(syscall=lambda *_: -1)

@@ -235,6 +235,12 @@ def _dot_tiles_multiplied(
     values: np.ndarray,
     sums: np.ndarray,
 ) -> None:
+    """sums[i, j], int32 (1024,): `tiles.dot_tile` of block i0 + i with block j0 + j of the other set.
+
+    reach: int64 (rows, 2); for row i only the blocks from reach[i, 0] to before reach[i, 1] are wanted, of those from `j0` to
+    before `j1`; other sums mean nothing. values: int8, scratch of `STEP * STRETCH * (rows + j1 - j0)` bytes that begin on a
+    cache line. sums: int32 (rows or more, j1 - j0 or more, 1024), contiguous. The process must have been `granted` the unit.
+    """
     words, rows, columns = nonzero.shape[1], len(reach), j1 - j0
     flat, pitch, right = sums.reshape(-1), sums.shape[1] * BLOCK * BLOCK, rows * STRETCH * STEP
     if words == 0:
@@ -276,32 +282,10 @@ def _dot_tiles_counted(
     values: np.ndarray,
     sums: np.ndarray,
 ) -> None:
+    """As `_dot_tiles_multiplied`, by popcount; `values` is not used."""
     for i in range(len(reach)):
         for j in range(max(j0, reach[i, 0]), min(j1, reach[i, 1])):
             dot_tile(nonzero, negative, i0 + i, other_nonzero, other_negative, j, sums[i, j - j0])
 
 
-_dot_tiles = _dot_tiles_multiplied if COMPILED else _dot_tiles_counted
-
-
-@numba.njit(cache=True, nogil=True)
-def dot_tiles(
-    nonzero: np.ndarray,
-    negative: np.ndarray,
-    i0: int,
-    other_nonzero: np.ndarray,
-    other_negative: np.ndarray,
-    j0: int,
-    j1: int,
-    reach: np.ndarray,
-    values: np.ndarray,
-    sums: np.ndarray,
-) -> None:
-    """sums[i, j], int32 (1024,): `tiles.dot_tile` of block i0 + i with block j0 + j of the other set.
-
-    reach: int64 (rows, 2); for row i only the blocks from reach[i, 0] to before reach[i, 1] are wanted, of those from `j0` to
-    before `j1`; other sums mean nothing. values: int8, scratch of `STEP * STRETCH * (rows + j1 - j0)` bytes that begin on a
-    cache line. sums: int32 (rows or more, j1 - j0 or more, 1024), contiguous. By popcount where the unit was not compiled for;
-    where it was, the process must have been `granted` it.
-    """
-    _dot_tiles(nonzero, negative, i0, other_nonzero, other_negative, j0, j1, reach, values, sums)
+dot_tiles = _dot_tiles_multiplied if COMPILED else _dot_tiles_counted

@@ -55,7 +55,7 @@ def _above(
     """The pairs of the strip from block row `first` on, sorted: hits come tile by tile, are counted, and laid out by rows."""
     room, values = scratch(a), np.empty((BLOCK, BLOCK), dtype=np.float32)
     near = np.empty(BLOCK, dtype=np.uint32)
-    rows, columns, kept = np.empty(256, dtype=np.uint8), np.empty(256, dtype=np.int64), np.empty(256, dtype=np.float32)
+    rows, columns, kept = np.empty(256, dtype=np.uint16), np.empty(256, dtype=np.int64), np.empty(256, dtype=np.float32)
     reach = reach_of(a, same, end_l, first)
     per_row, hits, i0 = np.zeros(STRIP * BLOCK, dtype=np.int64), 0, first * BLOCK
     for ahead in range(reach[0, 0], reach[-1, 1], AHEAD):

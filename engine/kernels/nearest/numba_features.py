@@ -221,7 +221,7 @@ def _coarse(side: Side, geometry: _Geometry, kind: int, of_query: bool) -> _Coar
     storage = np.empty(panels * steps * wide + 16, dtype=np.int32)
     start = (-storage.ctypes.data % 64) // 4  # vectors must not straddle cache lines
     packed = storage[start : start + panels * steps * wide].reshape(panels, steps, wide)
-    packed[-1:] = 0
+    packed[-1:] = 0  # the panel that makes their number even holds no row
     scale_n, rest_n, whole_n, size_n = (np.zeros(panels * wide, dtype=np.float32) for _ in range(4))
     square_n = np.full(panels * wide, np.inf, dtype=np.float32)  # rows that fill the last panel are infinitely far
     start_n = np.zeros(panels * wide, dtype=np.int32)

@@ -20,25 +20,24 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.bits import amx
+from engine.kernels.bits.tiles import FEATURES
 
 Product = Literal["int8", "bfloat16", "float32"]
 INT8, BFLOAT16, FLOAT32 = 0, 1, 2
 KINDS: dict[str, int] = {"int8": INT8, "bfloat16": BFLOAT16, "float32": FLOAT32}
 
-_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
-_WIDE = "+avx512f" in _FEATURES
+_WIDE = "+avx512f" in FEATURES
 _LANES = 16 if _WIDE else 8
 _VECTORS = 4 if _WIDE else 2
 ROWS = 6  # times _VECTORS accumulators: 24 of 32 registers, or 12 of 16
 COLUMNS = _LANES * _VECTORS
 UNIT = 16  # rows of a register of the matrix unit, and 32-bit elements in one of them
-_VNNI = _WIDE and "+avx512vnni" in _FEATURES
-_BF16 = _WIDE and "+avx512bf16" in _FEATURES
+_VNNI = _WIDE and "+avx512vnni" in FEATURES
+_BF16 = _WIDE and "+avx512bf16" in FEATURES
 _HAS: dict[Product, bool] = {"int8": _VNNI, "bfloat16": _BF16, "float32": True}
 FASTER = tuple(name for name, has in _HAS.items() if has)  # from the coarsest on: faster than the next finer one here
 
