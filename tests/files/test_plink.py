@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.errors import InputError, UsageError
+from engine.files import plink
 from engine.files.genotypes import GenotypeData
 from engine.files.plink import read_pgen, write_pgen
 from engine.files.vcf import read_vcf
@@ -138,6 +139,33 @@ def test_damage_is_one_sentence(tmp_path):
     assert "distinct" in with_change("x.psam", whole["x.psam"].replace(b"s1\t", b"s0\t", 1))
     (tmp_path / "x.pvar").rename(tmp_path / "x.pvar.zst")
     with pytest.raises(InputError, match="zst"):
+        read_pgen(path)
+
+
+def test_an_allele_beyond_the_last_alt_is_refused(tmp_path, monkeypatch):
+    """pgenlib refuses most such files itself; what it hands out is looked at all the same, in every block and the last cell."""
+    path = tmp_path / "x.pgen"
+    write_pgen(path, data_of(np.zeros((50, 80), dtype=np.uint8)))
+    read = read_pgen(path)
+    monkeypatch.setattr(plink, "_BLOCK_BYTES", 8 * 40 * 20)  # 20 variants
+
+    class Reader:
+        def __init__(self, *_, **__):
+            pass
+
+        def close(self):
+            pass
+
+        def read_alleles_and_phasepresent_range(self, start, stop, allele_bn, phase_bs):
+            allele_bn[:], phase_bs[:] = 0, True
+            if stop == 50:
+                allele_bn[-1, -1] = last
+
+    monkeypatch.setattr(plink.pgenlib, "PgenReader", Reader)
+    last = 0
+    np.testing.assert_array_equal(read_pgen(path).bits_lw, read.bits_lw)
+    last = 2
+    with pytest.raises(InputError, match="beyond ALT"):
         read_pgen(path)
 
 
