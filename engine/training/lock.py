@@ -8,13 +8,20 @@ rewrites in place. A lock outlives `kill -9`, so the next job asks whether its h
     same SLURM job, restarted   dead: SLURM starts an attempt when the one before it is over
     another machine             its heartbeats are watched for a while on our own clock
 
-No two clocks are ever compared, so that nodes whose clocks differ do no harm. A lock taken over wrongly, because its holder
-was stopped for minutes and then went on, is found out too: the holder asks `check` before it writes, and finds another's.
+No two clocks are ever compared, so that nodes whose clocks differ do no harm.
+
+A dead holder is succeeded by linking `.lock-after-HOLDER`, again one atomic step that one job alone can take, and which is then
+moved over `lock.json`. Nothing is ever taken away to be looked at, so there is no moment at which a late job finds the folder
+free. A successor that dies before it has moved its file is itself succeeded: who holds the lock is the end of that chain.
+
+A lock taken over wrongly, because its holder was stopped for minutes and then went on, is found out too: the holder asks
+`check` before it writes, and finds another's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -30,6 +37,7 @@ from engine.errors import EngineError, UsageError
 HEARTBEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # attribute caches of NFS show another machine's writes up to a minute late
 _BEATS = 12  # digits of the count
+_TRIES = 10  # to take a lock; each that fails means that another job has just taken or released it
 
 
 class LostLock(EngineError):
@@ -94,11 +102,7 @@ class RunLock:
             self._descriptor = os.open(waiting, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             os.write(self._descriptor, (json.dumps(self.mine) + "\n" + "0".zfill(_BEATS)).encode())
             os.fsync(self._descriptor)
-            for _ in range(3):
-                if self._linked(waiting):
-                    break
-                self._clear_dead()
-            else:
+            if not any(self._linked(waiting, self.path) or self._succeeded(waiting) for _ in range(_TRIES)):
                 raise UsageError("a run folder that no other job takes at the same moment", "one", self.path.parent)
         except OSError as error:
             os.close(self._descriptor) if self._descriptor >= 0 else None
@@ -112,17 +116,18 @@ class RunLock:
         self._thread.start()
         return self
 
-    def _linked(self, waiting: Path) -> bool:
-        """Whether our file is the lock now. NFS may do the link and lose the answer: the count of links is what counts."""
+    def _linked(self, waiting: Path, name: Path) -> bool:
+        """Whether our file has that name now. NFS may do the link and lose the answer: whose file is there is what counts."""
         with contextlib.suppress(FileExistsError):
-            os.link(waiting, self.path)
+            os.link(waiting, name)
         return os.stat(waiting).st_nlink == 2
 
-    def _clear_dead(self) -> None:
-        """Take a dead holder's lock away; UsageError when it lives."""
-        holder, beats = _content(self.path)
-        if holder is None:
-            return  # released meanwhile
+    def _succeeded(self, waiting: Path) -> bool:
+        """Take over from a dead holder; False when another job was faster, UsageError when the holder lives."""
+        chain = self._chain()
+        if not chain:
+            return False  # released meanwhile
+        holder, beats, after = chain[-1]
         why = self._lives(holder, beats)
         if why:
             where = f"process {holder.get('pid')} on {holder.get('host')}"
@@ -133,15 +138,33 @@ class RunLock:
                 self.path.parent,
                 "waiting for it, or another --out",
             )
-        # between the look and this rename another job may have done the same and made its own lock: then it goes back
-        aside = self.path.with_name(f".lock-dead-{self.mine['token']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            taken, _ = _content(aside)
-            if taken is not None and taken.get("token") != holder.get("token"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        if not self._linked(waiting, after):
+            return False
+        # `after` counts only as long as the chain leads to it: while we looked, another may have succeeded and been moved
+        if [name for _, _, name in self._chain()][: len(chain)] != [name for _, _, name in chain]:
+            after.unlink()
+            return False
+        try:
+            os.rename(after, self.path)
+        except FileNotFoundError:  # we were stopped here, counted as dead and were succeeded
+            return False
+        for _, _, name in chain[:-1]:
+            name.unlink(missing_ok=True)
+        return True
+
+    def _chain(self) -> list[tuple[dict[str, Any], str, Path]]:
+        """Who holds the lock and who has succeeded whom since: content, heartbeats and the name their successor would take."""
+        chain: list[tuple[dict[str, Any], str, Path]] = []
+        path = self.path
+        while True:
+            holder, beats = _content(path)
+            if holder is None:
+                return chain
+            key = hashlib.sha256(json.dumps(holder).encode()).hexdigest()[:32]
+            path = self.path.with_name(f".lock-after-{key}")
+            if any(path == name for _, _, name in chain):
+                return chain  # two damaged files, which are told apart by nothing
+            chain.append((holder, beats, path))
 
     def _lives(self, holder: dict[str, Any], beats: str) -> str:
         """Why the holder counts as living; "" when it is dead."""
@@ -155,9 +178,10 @@ class RunLock:
         until = time.monotonic() + self.patience_seconds
         while time.monotonic() < until:
             time.sleep(min(1.0, self.patience_seconds / 10))
-            now, later = _content(self.path)
-            if now is None:
+            chain = self._chain()
+            if not chain:
                 return ""
+            now, later, _ = chain[-1]
             if now.get("token") != holder.get("token") or later != beats:
                 return "its heartbeat goes on"
         return ""
