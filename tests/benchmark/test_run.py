@@ -218,9 +218,9 @@ def test_crashes_and_endless_processes_have_reasons() -> None:
     assert crash == "exit code 1: MemoryError: no room in ..."
     assert run_limited([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 60, 1) == "ended by signal 9"
     begun = time.monotonic()
-    code = "import subprocess; subprocess.run(['sleep', '60'])"
+    code = "import subprocess; subprocess.run(['sleep', '600'])"
     assert run_limited([sys.executable, "-c", code], 1.0, 1).startswith("over time: still running after 1 s")
-    assert time.monotonic() - begun < 20  # its children are ended with it
+    assert time.monotonic() - begun < 300  # its children are ended with it
 
 
 def test_a_limit_of_the_processor_does_not_count_waiting() -> None:

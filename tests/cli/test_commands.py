@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,8 @@ def test_help_needs_no_heavy_import() -> None:
         "heavy = {'torch', 'numpy', 'monai', 'numba', 'scipy', 'nibabel', 'pydicom'} & set(sys.modules)\n"
         "sys.exit(1 if heavy else 0)"
     )
-    begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begun < 30  # a hang, not a speed
 
 
 def written_commands() -> list[tuple[str, str]]:

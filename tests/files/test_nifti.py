@@ -236,11 +236,10 @@ def test_a_bomb_is_stopped_before_it_grows(tmp_path: Path) -> None:
     lying.write_bytes(gzip.compress(declared))
     growing = tmp_path / "growing.nii.gz"
     growing.write_bytes(small)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert check(lying)[0] == "reject"
     verdict, why = check(growing)
     assert (verdict, "far more" in why) == ("reject", True)
-    assert time.perf_counter() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -495,7 +494,6 @@ def test_a_bcf_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp_pa
 def test_the_specification_files_are_read_or_refused(real_data):
     """All of `bad/vcf`: a verdict in one line each, and reading in one process agrees with it."""
     root = real_data / "bad" / "vcf"
-    start = time.monotonic()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     verdicts = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
@@ -515,7 +513,6 @@ def test_the_specification_files_are_read_or_refused(real_data):
             assert verdict != "reject", path
         except EngineError:
             assert verdict == "reject", path
-    assert time.monotonic() - start < 60
 
 
 def test_check_outlives_a_reader_that_dies(tmp_path, monkeypatch):

@@ -49,15 +49,23 @@ def test_a_second_job_is_refused_and_told_who_holds_it(tmp_path):
         process.wait()
 
 
-def test_the_lock_of_a_killed_job_is_taken_over_at_once(tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """No waiting for heartbeats."""
+
+    def waited(seconds):
+        pytest.fail(f"waited {seconds} s")
+
+    monkeypatch.setattr(time, "sleep", waited)
+
+
+def test_the_lock_of_a_killed_job_is_taken_over_at_once(tmp_path, at_once):
     process = holder(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (tmp_path / "lock.json").exists()
-    began = time.monotonic()
     with RunLock(tmp_path) as mine:
         mine.check()
-    assert time.monotonic() - began < 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,13 +77,11 @@ def test_a_process_that_has_the_number_of_a_dead_one_does_not_hold_its_lock(tmp_
     RunLock(tmp_path).acquire().release()
 
 
-def test_a_restarted_slurm_job_takes_over_from_its_former_attempt(tmp_path, monkeypatch):
+def test_a_restarted_slurm_job_takes_over_from_its_former_attempt(tmp_path, monkeypatch, at_once):
     elsewhere(tmp_path, slurm_job="7", slurm_restart=0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    began = time.monotonic()
     RunLock(tmp_path).acquire().release()
-    assert time.monotonic() - began < 2
 
 
 def test_another_machine_is_judged_by_its_heartbeats_and_not_by_clocks(tmp_path, monkeypatch):
