@@ -255,7 +255,7 @@ def sums_of(a: Planes, i: int, i0: int, b: Planes, j: int, j0: int, room: Scratc
     return room.counts
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def tile(
     code: int, a: Planes, i: int, b: Planes, j: int, counts: np.ndarray, out: np.ndarray, r0: int, c0: int
 ) -> None:
@@ -274,7 +274,7 @@ def tile(
         _observed(code, halves, counts, out, r0, c0)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def tile_sums(a: Planes, i: int, b: Planes, j: int, counts: np.ndarray) -> None:
     """counts, int32 (6 * 1024,): sums of products, and where something is missing sx, sxx, sy, syy and n after it."""
     if a.kind == PHASED:
