@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
+
+from engine.kernels import ld
 
 SITES = (0, 1, 31, 32, 33, 63, 64, 65, 131, 257)
 KINDS = {
@@ -120,3 +123,32 @@ def poison(monkeypatch):
         return array
 
     monkeypatch.setattr(np, "empty", poisoned_empty)
+
+
+def every_sink_gives_the_reference(bits, other, n, unphased, threads):
+    """All that is made of tiles, of one panel and between two, by one or two threads."""
+    sites, how = len(bits), {"unphased": unphased}
+    slow = how | {"implementation": "reference"}
+    end_l = ld.window(sites, sites=300, bp=40_000, position_bp=positions(sites, 100_000))
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        for measure in ("r2", "d"):
+            cells = ld.matrix(bits, n, measure=measure, **how)
+            same(cells, ld.matrix(bits, n, measure=measure, **slow))
+        cells = ld.matrix(bits, n, **how)
+        same(ld.matrix(other, n, bits, **how), ld.matrix(other, n, bits, **slow))
+        same(np.concatenate(list(ld.triangle(bits, n, rows=290, **how))), cells[np.tril_indices(sites)])
+        for second, ends in ((None, None), (None, end_l), (other, None)):
+            wanted = ld.threshold(bits, n, 0.1, second, end_l=ends, **slow)
+            for got, one in zip(ld.threshold(bits, n, 0.1, second, end_l=ends, **how), wanted, strict=True):
+                same(got, one)
+        same(ld.band(bits, n, end_l, **how), ld.band(bits, n, end_l, **slow))
+        np.testing.assert_allclose(ld.score(bits, n, end_l, **how), ld.score(bits, n, end_l, **slow), rtol=1e-12)
+        place, edges = np.sort(positions(sites, 100_000)), [5_000, 9_000, 30_000, 70_000]
+        sums, pairs = ld.decay(bits, n, place, edges, **how)
+        wanted_sums, wanted_pairs = ld.decay(bits, n, place, edges, **slow)
+        same(pairs, wanted_pairs)
+        np.testing.assert_allclose(sums, wanted_sums, rtol=1e-12)
+    finally:
+        numba.set_num_threads(before)

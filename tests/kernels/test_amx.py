@@ -22,7 +22,7 @@ from engine.kernels.nearest.products import COLUMNS, KINDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from child_python import run_python
-from ld_panels import draw, linked, pack, positions, same
+from ld_panels import draw, every_sink_gives_the_reference, linked, pack, same
 
 GUARD = 64
 
@@ -86,53 +86,19 @@ def test_it_is_taken_from_some_number_of_people_on(unit):
     for people, wanted in ((255, False), (256, unit)):
         bits = draw(40, 2 * people)[1]
         planes, _ = numba_tiles.blocks(Sites(bits, 2 * people, None, True))
-        assert planes.multiplied == wanted
-    assert not numba_tiles.blocks(Sites(bits, 2 * people, None, False))[0].multiplied
+        assert (planes.way == numba_tiles.MULTIPLIED) == wanted
+    assert numba_tiles.blocks(Sites(bits, 2 * people, None, False))[0].way != numba_tiles.MULTIPLIED
     missing = np.zeros_like(bits)
     missing[3, 0] = 1
-    assert not numba_tiles.blocks(Sites(bits, 2 * people, missing, True))[0].multiplied
+    assert numba_tiles.blocks(Sites(bits, 2 * people, missing, True))[0].way == numba_tiles.COUNTED
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sites", [1, 33, 255, 257, 530, 1100])
-def test_every_sink_gives_the_reference(unit, threads, sites):
+def test_every_sink_gives_the_reference(threads, sites):
     n = 2 * PEOPLE
-    bits, other = linked(sites, n, seed=sites), linked(77, n, seed=5)
-    end_l = ld.window(sites, sites=300, bp=40_000, position_bp=positions(sites, 100_000))
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    try:
-        for measure in ("r2", "d"):
-            cells = ld.matrix(bits, n, unphased=True, measure=measure)
-            same(cells, ld.matrix(bits, n, unphased=True, measure=measure, implementation="reference"))
-        cells = ld.matrix(bits, n, unphased=True)
-        same(
-            ld.matrix(other, n, bits, unphased=True),
-            ld.matrix(other, n, bits, unphased=True, implementation="reference"),
-        )
-        same(np.concatenate(list(ld.triangle(bits, n, unphased=True, rows=290))), cells[np.tril_indices(sites)])
-        for ends in (None, end_l):
-            wanted = ld.threshold(bits, n, 0.1, end_l=ends, unphased=True, implementation="reference")
-            for got, one in zip(ld.threshold(bits, n, 0.1, end_l=ends, unphased=True), wanted, strict=True):
-                same(got, one)
-        for got, one in zip(
-            ld.threshold(bits, n, 0.1, other, unphased=True),
-            ld.threshold(bits, n, 0.1, other, unphased=True, implementation="reference"),
-            strict=True,
-        ):
-            same(got, one)
-        same(ld.band(bits, n, end_l, unphased=True), ld.band(bits, n, end_l, unphased=True, implementation="reference"))
-        np.testing.assert_allclose(
-            ld.score(bits, n, end_l, unphased=True),
-            ld.score(bits, n, end_l, unphased=True, implementation="reference"), rtol=1e-12,
-        )  # fmt: skip
-        place, edges = np.sort(positions(sites, 100_000)), [5_000, 9_000, 30_000, 70_000]
-        sums, pairs = ld.decay(bits, n, place, edges, unphased=True)
-        wanted_sums, wanted_pairs = ld.decay(bits, n, place, edges, unphased=True, implementation="reference")
-        same(pairs, wanted_pairs)
-        np.testing.assert_allclose(sums, wanted_sums, rtol=1e-12)
-    finally:
-        numba.set_num_threads(before)
+    every_sink_gives_the_reference(linked(sites, n, seed=sites), linked(77, n, seed=5), n, True, threads)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])

@@ -190,9 +190,27 @@ def sums(
     column `first` + c of a group of `columns` (made by `new_columns`); `first` is a multiple of 32.
     """
     counts[: vectors * VECTOR] = 0
-    base, start, at = group * columns.shape[1] * LANES + first, row * entries.shape[1], table * 256
-    for begin in range(start, start + length, _LONGEST):
-        end = min(start + length, begin + _LONGEST)
+    start = row * entries.shape[1]
+    add_sums(entries, start, start + length, columns, group * columns.shape[1] * LANES + first, vectors, table, counts)
+
+
+@numba.njit(cache=True, nogil=True)
+def add_sums(
+    entries: np.ndarray,
+    first: int,
+    last: int,
+    columns: np.ndarray,
+    base: int,
+    vectors: int,
+    table: int,
+    counts: np.ndarray,
+) -> None:
+    """counts int32 (128,) or longer: [c], c < 32 * vectors, += the sum of TABLES[table] over the entries [first, last) of all,
+    and the columns from element `base` of `columns` on, which is where the first one has place 0, or would have it.
+    """
+    at = table * 256
+    for begin in range(first, last, _LONGEST):
+        end = min(last, begin + _LONGEST)
         if vectors == 1:
             _one(entries, begin, end, columns, base, TABLES, at, counts)
         elif vectors == 2:
@@ -226,6 +244,73 @@ def list_nibbles(bits_lw: np.ndarray, site: int, n: int, inverse: bool, entries:
     return length
 
 
+@intrinsic
+def _spread(typingctx: Any, packed: Any, at: Any, columns: Any, to: Any) -> Any:
+    """Nibble k of 32 words packed[at:] to columns[to + 128 k :], for k < 16: bytes of eight registers are brought together as
+    in a transposition, by pairs, fours, eights and sixteens of words, and each is split in two."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, index = ir.IntType(8), ir.IntType(64)
+        octets, line = ir.VectorType(byte, VECTOR), ir.VectorType(byte, 16)
+
+        def data(k: int, start: Any) -> Any:
+            array = context.make_array(signature.args[k])(context, builder, args[k])
+            return builder.bitcast(builder.gep(array.data, [start]), byte.as_pointer())
+
+        def shuffled(one: Any, two: Any, order: list[int]) -> Any:
+            return builder.shuffle_vector(one, two, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
+
+        def woven(one: Any, two: Any, size: int, half: int) -> Any:
+            """In each 16 bytes, units of `size` from one half of `one` and of `two` by turns."""
+            units = [(u // 2 * size, u % 2) for u in range(16 // size)]
+            order = [
+                side * 32 + lane + 8 * half + start + k
+                for lane in (0, 16)
+                for start, side in units
+                for k in range(size)
+            ]
+            return shuffled(one, two, order)
+
+        source, out = data(0, args[1]), data(2, args[3])
+
+        def load(word: int) -> Any:
+            place = builder.gep(source, [ir.Constant(index, 8 * word)])
+            return builder.load(builder.bitcast(place, line.as_pointer()), align=8)
+
+        # words 2 m, 2 m + 1 in one half and 16 + 2 m, 17 + 2 m in the other; then bytes k of both words side by side
+        pairs = [shuffled(load(2 * m), load(16 + 2 * m), list(range(32))) for m in range(8)]
+        parts = [[shuffled(v, v, [lane + k // 2 + 8 * (k % 2) for lane in (0, 16) for k in range(16)]) for v in pairs]]
+        for size in (2, 4, 8):  # parts: of bytes 0 to 7; of 0 to 3 and 4 to 7; ...
+            parts = [
+                [woven(part[m], part[m + 1], size, half) for m in range(0, len(part), 2)]
+                for part in parts
+                for half in (0, 1)
+            ]
+        low = ir.Constant(octets, [15] * VECTOR)
+        halves = ir.VectorType(ir.IntType(16), VECTOR // 2)
+        for k, (value,) in enumerate(parts):
+            high = builder.lshr(builder.bitcast(value, halves), ir.Constant(halves, [4] * (VECTOR // 2)))
+            for odd, nibbles in enumerate((value, builder.bitcast(high, octets))):
+                place = builder.gep(out, [ir.Constant(index, (2 * k + odd) * LANES)])
+                builder.store(builder.and_(nibbles, low), builder.bitcast(place, octets.as_pointer()), align=VECTOR)
+        return context.get_dummy_value()
+
+    return types.void(packed, types.intp, columns, types.intp), codegen
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_blocks(packed: np.ndarray, block: int, blocks: int, begin: int, end: int, columns: np.ndarray) -> None:
+    """columns uint8 (16 (end - begin) or more, 128), of one group: nibbles of words [begin, end) of up to four blocks of 32
+    rows that `tiles.interleaved` made, from `block` on. columns: a group that `new_columns` made.
+    """
+    words = packed.shape[1]
+    flat = columns.reshape(-1)
+    for b in range(blocks):
+        for w in range(begin, end):
+            at = ((block + b) * words + w) * VECTOR
+            _spread(packed, at, flat, 16 * (w - begin) * LANES + b * VECTOR)  # type: ignore[call-arg]
+
+
 @numba.njit(cache=True, nogil=True)
 def fill_columns(bits_lw: np.ndarray, member: np.ndarray, columns: np.ndarray) -> None:
     """columns uint8 (16 W, 128), of one group: nibbles of up to 128 rows of bits_lw, those that `member` names, in this order.
@@ -252,6 +337,7 @@ def fill_columns(bits_lw: np.ndarray, member: np.ndarray, columns: np.ndarray) -
                     high[c] = octet[c] >> np.uint8(4)
 
 
+@numba.njit(cache=True, nogil=True)
 def new_columns(groups: int, words: int) -> np.ndarray:
     """uint8 (groups, 16 * words, 128), not filled; vectors do not straddle cache lines."""
     size = groups * 16 * words * LANES

@@ -17,7 +17,7 @@ from engine.kernels.bits.tiles import BLOCK, WIDE
 from engine.kernels.ld import greedy, numba_prune_lookups
 from engine.kernels.ld.checks import EPSILON, PruneRules, Sites
 from engine.kernels.ld.numba_matrix import major_frequency, prepare
-from engine.kernels.ld.numba_tiles import PHASED_MISSING, Planes, blocks_of, judge, misses, tile_sums
+from engine.kernels.ld.numba_tiles import COUNTED, PHASED_MISSING, Planes, blocks_of, judge, misses, tile_sums
 
 
 def prune(first: Sites, rules: PruneRules) -> np.ndarray:
@@ -57,7 +57,7 @@ def _prune(
     p1 = np.zeros(shape if a.kind & 1 else (0, 0, 0), dtype=np.uint64)
     p2 = np.zeros(shape if a.kind == 3 else (0, 0, 0), dtype=np.uint64)
     p3 = np.zeros(shape if a.kind >= PHASED_MISSING else (0, 0, 0), dtype=np.uint64)
-    slots = Planes(a.kind, a.n, p0, p1, p2, p3, np.zeros(places * BLOCK), np.zeros(places * BLOCK), False)
+    slots = Planes(a.kind, a.n, p0, p1, p2, p3, np.zeros(places * BLOCK), np.zeros(places * BLOCK), COUNTED)
     tenant = np.full(places * BLOCK, -1, dtype=np.int64)  # the site that stands in each place of `slots`
     counts, linked = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty(BLOCK, dtype=np.uint32)
     judged, settled, used, carried = (

@@ -27,7 +27,6 @@ from engine.kernels.ld.numba_tiles import (
     scratch,
     sums_of,
     tile,
-    tile_sums,
 )  # fmt: skip
 
 
@@ -139,9 +138,8 @@ def score(first: Sites, end_l: np.ndarray, adjusted: bool) -> np.ndarray:
     sums_l = np.zeros(len(a.p0) * BLOCK)
     for k, sums in enumerate(each(lambda k: _score_rows(code, a, end_l, k * STRIP), -(-len(a.p0) // STRIP))):
         sums_l[k * STRIP * BLOCK :][: len(sums)] += sums
-    own_l = np.empty(len(end_l))
-    _own(a, own_l)
-    return sums_l[: len(end_l)] + own_l
+    # and 1, the r2 of a site with itself, or NaN where it does not vary
+    return sums_l[: len(end_l)] + np.where(a.variance_l[: len(end_l)] > 0, 1.0, np.nan)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -185,17 +183,6 @@ def _sum_row(values: np.ndarray, r: int, begin: int, end: int) -> tuple[float, i
         total += value if value == value else 0.0
         count += value == value
     return total, count
-
-
-@numba.njit(cache=True, nogil=True)
-def _own(a: Planes, own_l: np.ndarray) -> None:
-    """1, the r2 of a site with itself, or NaN where it does not vary: the diagonal of the diagonal tiles."""
-    counts, values = np.empty(6 * BLOCK * BLOCK, dtype=np.int32), np.empty((BLOCK, BLOCK))
-    for i in range(a.p0.shape[0]):
-        tile_sums(a, i, a, i, counts)
-        tile(0, a, i, a, i, counts, values, 0, 0)
-        for r in range(min(BLOCK, len(own_l) - i * BLOCK)):
-            own_l[i * BLOCK + r] = values[r, r]
 
 
 def decay(first: Sites, position_l: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

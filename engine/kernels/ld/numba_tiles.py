@@ -14,12 +14,13 @@ import numba
 import numpy as np
 
 from engine.kernels import bits
-from engine.kernels.bits import amx
+from engine.kernels.bits import amx, tile_lookups
 from engine.kernels.bits.tiles import BLOCK, and_tile, ctpop, dot_tile, interleaved
 from engine.kernels.ld.checks import Sites
 
 CODES = {"r2": 0, "r": 1, "d": 2, "d_prime": 3, "r2_adjusted": 4}
 PHASED, UNPHASED, PHASED_MISSING, UNPHASED_MISSING = 0, 1, 2, 3
+COUNTED, MULTIPLIED, LOOKED_UP = 0, 1, 2  # how sums are made: the same integers
 STRIP, AHEAD = 8, 16  # block rows of a task, and block columns that it looks at before it goes on
 _MULTIPLIED_FROM = 256  # people; with fewer, spreading the values costs what multiplying them gains
 Result = TypeVar("Result")
@@ -31,8 +32,9 @@ class Planes(NamedTuple):
     kind: one of the four above. n: haplotypes or people. p0 ... p3: uint64, interleaved (blocks, W, 32) or rows (L, W):
     the alleles, or `nonzero`, `negative` of dosage - 1; where something is missing also `positive`, `observed`; planes that
     a kind does not need are p0 again. sum_l, variance_l: float64 (L,) or (blocks * 32,), of what each site has: sum, and n
-    times the sum of squares less the square of the sum. multiplied: sums are made many tiles at a time on the matrix unit
-    (`bits.amx`), not one by one by popcount; the same integers.
+    times the sum of squares less the square of the sum. way: how sums are made: COUNTED, one tile after the other by popcount;
+    MULTIPLIED, many at a time on the matrix unit (`bits.amx`); LOOKED_UP, many at a time by looking up what nibbles have in
+    common (`bits.tile_lookups`), for which p0 has the alleles of dosages too.
     """
 
     kind: int
@@ -43,17 +45,18 @@ class Planes(NamedTuple):
     p3: np.ndarray
     sum_l: np.ndarray
     variance_l: np.ndarray
-    multiplied: bool
+    way: int
 
 
 class Scratch(NamedTuple):
-    """What a task works in. counts: int32 (6 * 1024,), sums of one tile; sums: int32 (STRIP, AHEAD, 1024), those of many, and
-    values: int8, what they are made from; both empty where tiles are made one by one.
+    """What a task works in; empty where it is not used. counts: int32 (6 * 1024,), sums of one tile. sums: int32 (STRIP, AHEAD,
+    1024), those of many. values: int8, what the matrix unit multiplies. lookups: what is looked up.
     """
 
     counts: np.ndarray
     sums: np.ndarray
     values: np.ndarray
+    lookups: tile_lookups.Room
 
 
 def rows(sites: Sites, missing: bool) -> Planes:
@@ -63,7 +66,7 @@ def rows(sites: Sites, missing: bool) -> Planes:
     if sites.unphased and not missing:
         p0, p1 = (np.empty((length, (n + 63) // 64), dtype=np.uint64) for _ in range(2))
         _dosages(sites.bits_lw, n, p0, p1, sum_l, variance_l)
-        return Planes(UNPHASED, n, p0, p1, p0, p0, sum_l, variance_l, False)
+        return Planes(UNPHASED, n, p0, p1, p0, p0, sum_l, variance_l, COUNTED)
     if sites.unphased:
         made = bits.dosage_planes(sites.bits_lw, sites.n, sites.missing_lw, implementation="numba")
         p0, p1, p2, p3 = made.nonzero_lw, made.negative_lw, made.nonzero_lw & ~made.negative_lw, made.observed_lw
@@ -76,14 +79,31 @@ def rows(sites: Sites, missing: bool) -> Planes:
         p1 = p2 = p0
     kind = int(sites.unphased) + 2 * int(missing)
     _moments(kind, n, p0, p1, p3, sum_l, variance_l)
-    return Planes(kind, n, p0, p1, p2, p3, sum_l, variance_l, False)
+    return Planes(kind, n, p0, p1, p2, p3, sum_l, variance_l, COUNTED)
 
 
 def blocks(sites: Sites, other: Sites | None = None) -> tuple[Planes, Planes]:
     """Interleaved planes of both sets (the same object twice where `other` is None)."""
     missing = misses(sites) or (other is not None and misses(other))
-    first = blocks_of(rows(sites, missing))
-    return first, first if other is None else blocks_of(rows(other, missing))
+
+    def of(one: Sites) -> Planes:
+        planes = rows(one, missing)
+        way = _way(planes, one.bits_lw.shape[1])
+        if way == LOOKED_UP and planes.kind == UNPHASED:
+            alleles = _masked(one.bits_lw, one.n)
+            planes = planes._replace(p0=alleles, p1=alleles, p2=alleles, p3=alleles)
+        return blocks_of(planes)._replace(way=way)
+
+    first = of(sites)
+    return first, first if other is None else of(other)
+
+
+def _way(planes: Planes, words: int) -> int:
+    if planes.kind == UNPHASED and planes.n >= _MULTIPLIED_FROM and amx.granted():
+        return MULTIPLIED
+    if planes.kind < PHASED_MISSING and tile_lookups.preferred(words):
+        return LOOKED_UP
+    return COUNTED
 
 
 def misses(sites: Sites) -> bool:
@@ -100,8 +120,7 @@ def blocks_of(planes: Planes) -> Planes:
     p0, p1, p2, p3 = (done[id(plane)] for plane in planes[2:6])
     sum_l, variance_l = np.zeros(len(p0) * BLOCK), np.zeros(len(p0) * BLOCK)
     sum_l[: len(planes.sum_l)], variance_l[: len(planes.sum_l)] = planes.sum_l, planes.variance_l
-    multiplied = planes.kind == UNPHASED and planes.n >= _MULTIPLIED_FROM and amx.granted()
-    return Planes(planes.kind, planes.n, p0, p1, p2, p3, sum_l, variance_l, multiplied)
+    return Planes(planes.kind, planes.n, p0, p1, p2, p3, sum_l, variance_l, COUNTED)
 
 
 def _masked(bits_lw: np.ndarray, n: int) -> np.ndarray:
@@ -217,10 +236,15 @@ _CELLS = BLOCK * BLOCK
 
 @numba.njit(cache=True, nogil=True)
 def scratch(a: Planes) -> Scratch:
-    rows = STRIP if a.multiplied else 0
-    values = np.empty(amx.STEP * amx.STRETCH * (rows + AHEAD) + 64 if a.multiplied else 0, dtype=np.int8)
+    rows = STRIP if a.way != COUNTED else 0
+    values = np.empty(amx.STEP * amx.STRETCH * (rows + AHEAD) + 64 if a.way == MULTIPLIED else 0, dtype=np.int8)
     values = values[-values.ctypes.data % 64 :]
-    return Scratch(np.empty(6 * _CELLS, dtype=np.int32), np.empty((rows, AHEAD, _CELLS), dtype=np.int32), values)
+    return Scratch(
+        np.empty(6 * _CELLS, dtype=np.int32),
+        np.empty((rows, AHEAD, _CELLS), dtype=np.int32),
+        values,
+        tile_lookups.new_room(rows if a.way == LOOKED_UP else 0, a.p0.shape[1]),
+    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -240,16 +264,20 @@ def reach_of(a: Planes, same: bool, end_l: np.ndarray, first: int) -> np.ndarray
 def look_ahead(a: Planes, i0: int, b: Planes, j0: int, reach: np.ndarray, room: Scratch) -> None:
     """Before `sums_of` the tiles of block rows from `i0` and block columns [j0, j0 + AHEAD); reach: int64 (rows, 2), the block
     columns [from, to) that each row will ask for, the last row for the furthest."""
-    if a.multiplied:
-        j1 = min(reach[-1, 1], j0 + AHEAD)
+    j1 = min(reach[-1, 1], j0 + AHEAD)
+    if a.way == MULTIPLIED:
         amx.dot_tiles(a.p0, a.p1, i0, b.p0, b.p1, j0, j1, reach, room.values, room.sums)
+    elif a.way == LOOKED_UP:
+        tile_lookups.look_up(
+            a.kind == UNPHASED, a.n, a.p0, a.sum_l, i0, b.p0, b.sum_l, j0, j1, reach, room.lookups, room.sums
+        )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True, forceinline=True)
 def sums_of(a: Planes, i: int, i0: int, b: Planes, j: int, j0: int, room: Scratch) -> np.ndarray:
     """Sums of block i with block j as `tile_sums` lays them out, int32, after `look_ahead` from (i0, j0); the next call may
     overwrite them."""
-    if a.multiplied:
+    if a.way != COUNTED:
         return room.sums[i - i0, j - j0]
     tile_sums(a, i, b, j, room.counts)
     return room.counts
