@@ -37,6 +37,15 @@ _BYTES = 64 if "+avx512f" in _FEATURES else 32
 _CHAINS = 20 if _BYTES == 64 else 10  # independent sums hide the latency; with constants they fit 32 or 16 registers
 
 
+def count_limit(words: int) -> str:
+    """The limit of counting bits in rows of so many words: none where they are looked up, which costs what the data costs."""
+    try:
+        from engine.kernels.bits import tile_lookups
+    except ImportError:  # `perf compare` with a commit that only counts
+        return "popcount"
+    return "" if tile_lookups.preferred(words) else "popcount"
+
+
 def _register_loop(kind: ir.Type, chains: int, step: Callable[[Any, Any], Any]) -> Callable[[int], float]:
     """Loop of `steps` rounds over `chains` independent vectors that never leave the registers: each becomes step(it)."""
 

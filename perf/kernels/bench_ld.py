@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.kernels import bits, ld
 from perf.case import Case, Peer, Timed
+from perf.limits import count_limit
 from perf.peers import (
     computing_share,
     missing_package,
@@ -89,20 +90,25 @@ def curves() -> dict[str, list[Case]]:
     }  # fmt: skip
 
 
-def _dosage_products(pairs: float, n: int) -> tuple[float, str]:
-    """Operations and their limit: multiply-adds where the matrix unit makes the products, else two popcounts for 64 people."""
+def _products(pairs: float, n: int, unphased: bool) -> tuple[float, str]:
+    """Operations and their limit: a popcount for 64 haplotypes or two for 64 people, unless they are looked up; multiply-adds
+    where the matrix unit makes products of dosages."""
+    if not unphased:
+        return pairs * bits.words(n), count_limit(bits.words(n))
     try:
         from engine.kernels.bits import amx
     except ImportError:  # `perf compare` with a commit that does not know the unit
         return pairs * 2 * bits.words(n // 2), "popcount"
-    return (pairs * (n // 2), "int8_unit") if amx.granted() else (pairs * 2 * bits.words(n // 2), "popcount")
+    if amx.granted():
+        return pairs * (n // 2), "int8_unit"
+    return pairs * 2 * bits.words(n // 2), count_limit(bits.words(n))
 
 
 def _matrix(
     name: str, sites: int, n: int, unphased: bool, goal: float | None, *, quick: bool = True, threads: int = 1
 ) -> Case:
     pairs = sites * (sites - 1) / 2
-    operations, limit = _dosage_products(pairs, n) if unphased else (pairs * bits.words(n), "popcount")
+    operations, limit = _products(pairs, n, unphased)
     peers: tuple[Peer, ...] = ()
     if goal is not None:
         option = "--r2-unphased" if unphased else "--r2-phased"
@@ -241,7 +247,7 @@ def _band(sites: int, n: int, width: int, *, peers: bool = True) -> Case:
     return Case(
         "ld.band_list", {"sites": sites, "haplotypes": n, "width": width}, pairs, "pairs", lambda: panel(sites, n),
         lambda bits_lw: ld.threshold(bits_lw, n, _LEAST, end_l=end_l, unphased=True), others if peers else (),
-        sites * n / 8, *_dosage_products(pairs, n),
+        sites * n / 8, *_products(pairs, n, True),
     )  # fmt: skip
 
 
@@ -307,7 +313,7 @@ def _decay(sites: int, n: int) -> Case:
     pairs = float((ld.window(sites, sites=999) - np.arange(sites) - 1).sum())
     return Case(
         "ld.decay", {"sites": sites, "haplotypes": n}, pairs, "pairs", lambda: panel(sites, n),
-        lambda bits_lw: ld.decay(bits_lw, n, position_bp, edges_bp), (), sites * n / 8, pairs * bits.words(n), "popcount",
+        lambda bits_lw: ld.decay(bits_lw, n, position_bp, edges_bp), (), sites * n / 8, *_products(pairs, n, False),
     )  # fmt: skip
 
 
@@ -317,7 +323,7 @@ def _score(sites: int, n: int, width: int) -> Case:
     return Case(
         "ld.score", {"sites": sites, "haplotypes": n, "width": width}, pairs, "pairs", lambda: panel(sites, n),
         lambda bits_lw: ld.score(bits_lw, n, end_l, unphased=True, adjusted=True), (),
-        sites * n / 8, *_dosage_products(pairs, n),
+        sites * n / 8, *_products(pairs, n, True),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.kernels import bits, nearest
 from perf.case import Case, Peer, Timed
+from perf.limits import count_limit
 from perf.peers import computing_share, missing_package, missing_program, plink_command, write_bed
 
 K = 10
@@ -122,7 +123,7 @@ def _hamming(
         else (),
         floor_bytes=8.0 * words * (queries + rows) + 12.0 * queries * k,
         floor_ops=queries * rows * words,
-        limit="popcount",
+        limit=count_limit(words),
         threads=threads,
         quick=quick,
     )
@@ -157,7 +158,7 @@ def _hamming_range(queries: int, rows: int, width: int) -> Case:
         ),
         floor_bytes=8.0 * words * (queries + rows),
         floor_ops=queries * rows * words,
-        limit="popcount",
+        limit=count_limit(words),
         quick=False,
     )
 
@@ -209,7 +210,7 @@ def _ibs(people: int, sites: int, missing: float, *, quick: bool = True) -> Case
         ),
         floor_bytes=8.0 * (3 if missing else 2) * words * people + 8.0 * people * people,
         floor_ops=people * (people + 1) / 2 * words * (3 if missing else 2),
-        limit="popcount",
+        limit="popcount" if missing else count_limit(2 * words),
         quick=quick,
     )
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from engine.errors import Unsupported, UsageError
 from engine.kernels import bits, nearest
+from engine.kernels.bits import lookups, tile_lookups
 
 sys.path.insert(0, str(Path(__file__).parent))
 from child_python import run_python
@@ -92,6 +93,42 @@ def test_hamming_topk_and_range(kind):
             for radius in (0, sites // 3, 10**12):
                 wanted = brute_range(distance, radius, distance, **excluded)
                 same(nearest.hamming_range(pack(query), pack(database), radius, **chosen), wanted)
+
+
+@pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
+@pytest.mark.parametrize("rows", [1, 40, 300, 700])
+def test_lookups_and_counts_give_the_same(rows, monkeypatch):
+    """Strips of 256 queries and 512 rows at a time, more words than are looked up at once, rare, even and common bits."""
+    rng = np.random.default_rng(rows)
+    query, database = (
+        pack((rng.random((n, 6_300)) < rng.choice([0.02, 0.5, 0.97], (n, 1))).astype(np.uint8)) for n in (rows, 1_000)
+    )
+    query[rows // 2] = database[3]
+    database[[70, 600, 900]] = database[3]
+    mine, theirs = ((bits_nw, bits_nw & np.roll(bits_nw, 1, axis=1), None) for bits_nw in (query, database))
+    groups, few = (rng.integers(0, 9, rows), rng.integers(0, 9, 1_000)), database[:150]
+
+    def everything():
+        return [
+            nearest.hamming_cross(query, database),
+            nearest.hamming_cross(database, database),
+            *nearest.hamming_topk(query, database, 12, exclude=groups),
+            *nearest.hamming_topk(database, database, 3, exclude_self=True),
+            *nearest.hamming_range(query, database, 3_100),
+            *nearest.hamming_range(few, few, 0, exclude_self=True),
+            *nearest.ibs_cross(mine, theirs, 6_290),
+            *nearest.ibs_topk(mine, theirs, 6_290, 5),
+        ]
+
+    monkeypatch.setattr(tile_lookups, "WIDE", False)
+    assert tile_lookups.preferred(query.shape[1])
+    looked_up = everything()
+    monkeypatch.setattr(lookups, "AVAILABLE", False)
+    assert not tile_lookups.preferred(query.shape[1])
+    for made, counted in zip(looked_up, everything(), strict=True):
+        same(made, counted)
+    few_alleles = bits.unpack(few, 6_300)
+    same(looked_up[1][:150, :150], hamming_by_hand(few_alleles, few_alleles))
 
 
 def test_hamming_counts_more_words_than_are_counted_at_once():

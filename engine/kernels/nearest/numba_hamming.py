@@ -1,8 +1,9 @@
 """Nearest rows of bits on the CPU: Hamming distance, and IBS distance of unphased genotypes.
 
-Distances are counted in register tiles of 32 x 32 rows (`bits.tiles`); a tile reaches the lists of the nearest only
-through rows whose nearest column beats the worst kept. The set is streamed in parts, indices rise and a later row must
-be strictly nearer, so no tile and no thread changes an answer.
+Distances are counted in register tiles of 32 x 32 rows (`bits.tiles`), or looked up, many tiles at a time, where that is
+faster (`bits.tile_lookups`); a tile reaches the lists of the nearest only through rows whose nearest column beats the worst
+kept. The set is streamed in parts, indices rise and a later row must be strictly nearer, so no tile and no thread changes an
+answer.
 
 IBS. A person is two bits per site: dosage >= 1, dosage = 2. Dosages 0, 1, 2 are then 00, 10, 11, and the bits that
 differ between two of them are |x - y|: a thermometer code. So where all is observed, the IBS distance is the Hamming
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from engine.kernels.bits import tile_lookups
 from engine.kernels.bits.tiles import BLOCK, and_tile, interleaved, observed_tile, xor_tile
 from engine.kernels.nearest.rows import (  # fmt: skip
     NOT_SELF,
@@ -34,10 +36,32 @@ from engine.kernels.nearest.rows import (  # fmt: skip
 )
 
 Planes = tuple[Any, Any, Any]  # dosage >= 1, dosage = 2, observed or None
-Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # interleaved planes of Planes, or one plane of bits thrice
-
+_STRIP, _AHEAD = 8, 16  # blocks of queries of a task, and blocks of the database that it looks up at once
 _QUERY_BYTES, _DATABASE_BYTES = 2**28, 2**26  # of words held at a time
 _FAR = np.iinfo(np.int32).max
+
+
+class Packed(NamedTuple):
+    """Interleaved planes of Planes, or one plane of bits thrice. ones_l: float64, ones of each row, where that plane is looked
+    up, else empty.
+    """
+
+    one: np.ndarray
+    two: np.ndarray
+    observed: np.ndarray
+    ones_l: np.ndarray
+
+
+class _Room(NamedTuple):
+    """What a task works in. rank, counts, sites: int32 (1024,), of a tile. sums: int32 (_STRIP, _AHEAD, 1024), common ones of
+    many; empty where nothing is looked up.
+    """
+
+    rank: np.ndarray
+    counts: np.ndarray
+    sites: np.ndarray
+    sums: np.ndarray
+    lookups: tile_lookups.Room
 
 
 class _Set(NamedTuple):
@@ -103,7 +127,7 @@ def ibs_range(
 
 def _bits(bits_nw: Any) -> _Set:
     def read(part: slice) -> Packed:
-        return (interleaved(read_words(bits_nw, part)),) * 3
+        return _packed(read_words(bits_nw, part))
 
     return _Set(bits_nw.shape[0], 8 * bits_nw.shape[1], read)
 
@@ -119,13 +143,19 @@ def _genotypes(query: Planes, database: Planes, length: int) -> tuple[_Set, _Set
         def read(part: slice) -> Packed:
             one, two = read_words(planes[0], part), read_words(planes[1], part)
             if not three:
-                return (interleaved(np.concatenate([one & all_w, two & all_w], axis=1)),) * 3
+                return _packed(np.concatenate([one & all_w, two & all_w], axis=1))
             seen = np.broadcast_to(all_w, one.shape) if planes[2] is None else read_words(planes[2], part) & all_w
-            return interleaved(one), interleaved(two), interleaved(np.ascontiguousarray(seen))
+            return Packed(interleaved(one), interleaved(two), interleaved(np.ascontiguousarray(seen)), np.empty(0))
 
         return _Set(planes[0].shape[0], 24 * planes[0].shape[1], read)
 
     return of(query), of(database)
+
+
+def _packed(bits_nw: np.ndarray) -> Packed:
+    packed = interleaved(bits_nw)
+    ones_l = tile_lookups.ones(packed) if tile_lookups.preferred(bits_nw.shape[1]) else np.empty(0)
+    return Packed(packed, packed, packed, ones_l)
 
 
 def _one(query: tuple[Any, ...], database: tuple[Any, ...]) -> bool:
@@ -167,7 +197,8 @@ def _topk(
     both_nk = np.full(rank_nk.shape if observed else (query.length, 0), -1, dtype=np.int64)
     for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK):
         packed, n = query.read(part), part.stop - part.start
-        parts = max(1, min(-(-database.length // BLOCK), -(-4 * numba.get_num_threads() // (-(-n // BLOCK)))))
+        strips = -(-len(packed.one) // _strip(packed))
+        parts = max(1, min(-(-database.length // BLOCK), -(-4 * numba.get_num_threads() // strips)))
         rank, index = np.full((n, parts, k), _FAR, dtype=np.int32), np.full((n, parts, k), -1, dtype=np.int64)
         both = np.full(rank.shape if observed else (n, parts, 0), -1, dtype=np.int64)
         for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
@@ -195,33 +226,64 @@ def _range(
             shift, group = part.start - tile.start if exclude_self else NOT_SELF, groups(exclude, part, tile)
 
             def block(i: int, given: tuple = (packed, other, observed, n, m, shift, *group)) -> tuple[np.ndarray, ...]:
-                return _range_row(*given, limit, i)  # type: ignore[call-arg]
+                return _range_rows(*given, limit, i)  # type: ignore[call-arg]
 
-            for row, index, distance, sites in in_threads(block, packed[0].shape[0]):
+            for row, index, distance, sites in in_threads(block, -(-len(packed.one) // _strip(packed))):
                 found.append((row + part.start, index + tile.start, distance, sites if observed else sites + length))
     return csr(query.length, found)  # type: ignore[return-value]
 
 
 @numba.njit(cache=True, nogil=True)
-def _ranks(
-    query: Packed,
-    i: int,
-    database: Packed,
-    j: int,
-    observed: bool,
-    counts: np.ndarray,
-    sites: np.ndarray,
-    rank: np.ndarray,
+def _strip(query: Packed) -> int:
+    """Blocks of queries of a task."""
+    return _STRIP if len(query.ones_l) else 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _new_room(query: Packed) -> _Room:
+    cells, strip = BLOCK * BLOCK, _STRIP if len(query.ones_l) else 0
+    return _Room(
+        np.empty(cells, dtype=np.int32), np.empty(cells, dtype=np.int32), np.zeros(cells, dtype=np.int32),
+        np.empty((strip, _AHEAD, cells), dtype=np.int32), tile_lookups.new_room(strip, query.one.shape[1]),
+    )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def _look_ahead(
+    query: Packed, i0: int, i1: int, database: Packed, j0: int, j1: int, diagonal: bool, room: _Room
 ) -> None:
-    """int32 (1024,) each: what pairs are ordered by. That is the distance or, where `observed`, the bits of
-    float32(distance / (2 sites)), which rise with it, or _FAR where no site is shared; counts and sites are filled then
-    only.
-    """
-    if not observed:
-        xor_tile(query[0], i, database[0], j, rank)
+    """Before `_ranks` of query blocks [i0, i1) with database blocks [j0, j1), on the `diagonal` those from the query's on."""
+    if len(query.ones_l) == 0:
         return
-    observed_tile(query[0], query[1], query[2], i, database[0], database[1], database[2], j, counts)
-    and_tile(query[2], i, database[2], j, sites)
+    reach = np.empty((i1 - i0, 2), dtype=np.int64)
+    for i in range(i0, i1):
+        reach[i - i0, 0], reach[i - i0, 1] = i if diagonal else 0, j1
+    tile_lookups.look_up(
+        False, 64 * query.one.shape[1], query.one, query.ones_l, i0, database.one, database.ones_l, j0, j1, reach,
+        room.lookups, room.sums,
+    )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True)
+def _ranks(query: Packed, i: int, i0: int, database: Packed, j: int, j0: int, observed: bool, room: _Room) -> None:
+    """room.rank: what pairs are ordered by, after `_look_ahead` from (i0, j0). That is the distance or, where `observed`, the
+    bits of float32(distance / (2 sites)), which rise with it, or _FAR where no site is shared; room.counts and room.sites are
+    filled then only.
+    """
+    rank, counts, sites = room.rank, room.counts, room.sites
+    if len(query.ones_l):
+        both, ones_j = room.sums[i - i0, j - j0], database.ones_l[j * BLOCK : (j + 1) * BLOCK]
+        for r in range(BLOCK):
+            own = np.int32(query.ones_l[i * BLOCK + r])
+            row, common = rank[r * BLOCK : (r + 1) * BLOCK], both[r * BLOCK : (r + 1) * BLOCK]
+            for c in range(BLOCK):
+                row[c] = own + np.int32(ones_j[c]) - np.int32(2) * common[c]
+        return
+    if not observed:
+        xor_tile(query.one, i, database.one, j, rank)
+        return
+    observed_tile(query.one, query.two, query.observed, i, database.one, database.two, database.observed, j, counts)
+    and_tile(query.observed, i, database.observed, j, sites)
     share = rank.view(np.float32)
     for c in range(len(rank)):
         share[c] = np.float64(counts[c]) / np.float64(2 * max(1, sites[c]))
@@ -231,20 +293,22 @@ def _ranks(
 
 
 @numba.njit(cache=True, nogil=True)
-def _cross_row(
-    query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool, i: int
+def _cross_rows(
+    query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool, strip: int
 ) -> None:
-    """Query block i against all, or on the diagonal against those from i on, which are written to both halves."""
-    rank, counts, sites = (
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-    )
-    for j in range(i if diagonal else 0, database[0].shape[0]):
-        _ranks(query, i, database, j, observed, counts, sites, rank)
-        _place(counts if observed else rank, out, i, j, diagonal)
-        if observed:
-            _place(sites, sites_nm, i, j, diagonal)
+    """A strip of query blocks against all, or on the diagonal against those from itself on, which go to both halves."""
+    room = _new_room(query)
+    i0 = strip * _strip(query)
+    i1, blocks = min(query.one.shape[0], i0 + _strip(query)), database.one.shape[0]
+    for j0 in range(i0 if diagonal else 0, blocks, _AHEAD):
+        j1 = min(blocks, j0 + _AHEAD)
+        _look_ahead(query, i0, i1, database, j0, j1, diagonal, room)
+        for i in range(i0, i1):
+            for j in range(max(j0, i) if diagonal else j0, j1):
+                _ranks(query, i, i0, database, j, j0, observed, room)
+                _place(room.counts if observed else room.rank, out, i, j, diagonal)
+                if observed:
+                    _place(room.sites, sites_nm, i, j, diagonal)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -266,15 +330,15 @@ def _place(tile: np.ndarray, out: np.ndarray, i: int, j: int, both: bool) -> Non
 def _cross_tile(
     query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool
 ) -> None:
-    blocks = query[0].shape[0]
-    for h in numba.prange((blocks + 1) // 2):  # a long row and a short one: on the diagonal their work is even
-        _cross_row(query, database, observed, out, sites_nm, diagonal, h)
-        if h != blocks - 1 - h:
-            _cross_row(query, database, observed, out, sites_nm, diagonal, blocks - 1 - h)
+    strips = (query.one.shape[0] + _strip(query) - 1) // _strip(query)
+    for h in numba.prange((strips + 1) // 2):  # a long strip and a short one: on the diagonal their work is even
+        _cross_rows(query, database, observed, out, sites_nm, diagonal, h)
+        if h != strips - 1 - h:
+            _cross_rows(query, database, observed, out, sites_nm, diagonal, strips - 1 - h)
 
 
 @numba.njit(cache=True, nogil=True)
-def _topk_row(
+def _topk_rows(
     query: Packed,
     database: Packed,
     observed: bool,
@@ -286,36 +350,37 @@ def _topk_row(
     rank_npk: np.ndarray,
     index_npk: np.ndarray,
     both_npk: np.ndarray,
-    i: int,
+    strip: int,
     part: int,
 ) -> None:
-    """Query block i against part `part` of this piece of the database, whose first row is row `first` of all."""
-    rank, counts, sites = (
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-    )
+    """A strip of query blocks against part `part` of this piece of the database, whose first row is row `first` of all."""
+    room = _new_room(query)
     parts, k = rank_npk.shape[1], rank_npk.shape[2]
-    blocks = database[0].shape[0]
-    for j in range(part * blocks // parts, (part + 1) * blocks // parts):
-        _ranks(query, i, database, j, observed, counts, sites, rank)
-        for r in range(min(BLOCK, rank_npk.shape[0] - i * BLOCK)):
-            n = i * BLOCK + r
-            kept = rank_npk[n, part]
-            nearest = rank[r * BLOCK]
-            for c in range(1, BLOCK):
-                nearest = min(nearest, rank[r * BLOCK + c])
-            if nearest >= kept[k - 1]:
-                continue
-            for c in range(min(BLOCK, members - j * BLOCK)):
-                m, at = j * BLOCK + c, r * BLOCK + c
-                if rank[at] < kept[k - 1] and not skipped(n, m, shift, query_group, database_group):
-                    place = insert(kept, index_npk[n, part], rank[at], first + m)
-                    if observed:
-                        both = both_npk[n, part]
-                        for behind in range(k - 1, place, -1):
-                            both[behind] = both[behind - 1]
-                        both[place] = np.int64(counts[at]) << 32 | np.int64(sites[at])
+    i0, blocks = strip * _strip(query), database.one.shape[0]
+    i1, end = min(query.one.shape[0], i0 + _strip(query)), (part + 1) * blocks // parts
+    for j0 in range(part * blocks // parts, end, _AHEAD):
+        j1 = min(end, j0 + _AHEAD)
+        _look_ahead(query, i0, i1, database, j0, j1, False, room)
+        for i in range(i0, i1):
+            for j in range(j0, j1):
+                _ranks(query, i, i0, database, j, j0, observed, room)
+                for r in range(min(BLOCK, rank_npk.shape[0] - i * BLOCK)):
+                    n = i * BLOCK + r
+                    kept = rank_npk[n, part]
+                    nearest = room.rank[r * BLOCK]
+                    for c in range(1, BLOCK):
+                        nearest = min(nearest, room.rank[r * BLOCK + c])
+                    if nearest >= kept[k - 1]:
+                        continue
+                    for c in range(min(BLOCK, members - j * BLOCK)):
+                        m, at = j * BLOCK + c, r * BLOCK + c
+                        if room.rank[at] < kept[k - 1] and not skipped(n, m, shift, query_group, database_group):
+                            place = insert(kept, index_npk[n, part], room.rank[at], first + m)
+                            if observed:
+                                both = both_npk[n, part]
+                                for behind in range(k - 1, place, -1):
+                                    both[behind] = both[behind - 1]
+                                both[place] = np.int64(room.counts[at]) << 32 | np.int64(room.sites[at])
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -333,15 +398,16 @@ def _topk_tile(
     both_npk: np.ndarray,
 ) -> None:
     parts = rank_npk.shape[1]
-    for job in numba.prange(query[0].shape[0] * parts):
-        _topk_row(
+    strips = (query.one.shape[0] + _strip(query) - 1) // _strip(query)
+    for job in numba.prange(strips * parts):
+        _topk_rows(
             query, database, observed, members, shift, query_group, database_group, first, rank_npk, index_npk, both_npk,
             job // parts, job % parts,
         )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True)
-def _range_row(
+def _range_rows(
     query: Packed,
     database: Packed,
     observed: bool,
@@ -351,31 +417,34 @@ def _range_row(
     query_group: np.ndarray,
     database_group: np.ndarray,
     limit: int,
-    i: int,
+    strip: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, indices, distances and sites (0 unless `observed`) of the pairs of query block i of rank up to `limit`."""
-    rank, counts, sites = (
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.empty(BLOCK * BLOCK, dtype=np.int32),
-        np.zeros(BLOCK * BLOCK, dtype=np.int32),
-    )
+    """Rows, indices, distances and sites (0 unless `observed`) of the pairs of a strip of queries of rank up to `limit`."""
+    room = _new_room(query)
+    rank, counts, sites = room.rank, room.counts, room.sites
     rows, indices = np.empty(BLOCK, dtype=np.int64), np.empty(BLOCK, dtype=np.int64)
     distances, shared = np.empty(BLOCK, dtype=np.int32), np.empty(BLOCK, dtype=np.int32)
-    held = 0
-    for j in range(database[0].shape[0]):
-        _ranks(query, i, database, j, observed, counts, sites, rank)
-        for r in range(min(BLOCK, queries - i * BLOCK)):
-            nearest = rank[r * BLOCK]
-            for c in range(1, BLOCK):
-                nearest = min(nearest, rank[r * BLOCK + c])
-            if nearest > limit:
-                continue
-            for c in range(min(BLOCK, members - j * BLOCK)):
-                n, m, at = i * BLOCK + r, j * BLOCK + c, r * BLOCK + c
-                if rank[at] <= limit and not skipped(n, m, shift, query_group, database_group):
-                    if held == len(rows):
-                        rows, indices, distances, shared = grown(rows), grown(indices), grown(distances), grown(shared)
-                    rows[held], indices[held] = n, m
-                    distances[held], shared[held] = counts[at] if observed else rank[at], sites[at]
-                    held += 1
+    held, i0, blocks = 0, strip * _strip(query), database.one.shape[0]
+    i1 = min(query.one.shape[0], i0 + _strip(query))
+    for j0 in range(0, blocks, _AHEAD):
+        j1 = min(blocks, j0 + _AHEAD)
+        _look_ahead(query, i0, i1, database, j0, j1, False, room)
+        for i in range(i0, i1):
+            for j in range(j0, j1):
+                _ranks(query, i, i0, database, j, j0, observed, room)
+                for r in range(min(BLOCK, queries - i * BLOCK)):
+                    nearest = rank[r * BLOCK]
+                    for c in range(1, BLOCK):
+                        nearest = min(nearest, rank[r * BLOCK + c])
+                    if nearest > limit:
+                        continue
+                    for c in range(min(BLOCK, members - j * BLOCK)):
+                        n, m, at = i * BLOCK + r, j * BLOCK + c, r * BLOCK + c
+                        if rank[at] <= limit and not skipped(n, m, shift, query_group, database_group):
+                            if held == len(rows):
+                                rows, indices = grown(rows), grown(indices)
+                                distances, shared = grown(distances), grown(shared)
+                            rows[held], indices[held] = n, m
+                            distances[held], shared[held] = counts[at] if observed else rank[at], sites[at]
+                            held += 1
     return rows[:held], indices[:held], distances[:held], shared[:held]
