@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from engine.kernels.ld import numba_tiles
 from engine.kernels.ld.checks import Sites
 
 sys.path.insert(0, str(Path(__file__).parent))
+from child_python import run_python
 from ld_panels import draw, every_sink_gives_the_reference, linked, pack, same, unpack
 
-pytestmark = pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
+needs_lookups = pytest.mark.skipif(not lookups.AVAILABLE, reason="no AVX2")
 
 
 @pytest.fixture
 def looked_up(monkeypatch):
-    """As on a processor without a vector popcount and without a matrix unit."""
+    """As on a processor without a vector popcount and without a matrix unit, however few words there are."""
+    monkeypatch.setattr(tile_lookups, "_LISTED_FROM", 1)
     monkeypatch.setattr(tile_lookups, "WIDE", False)
     monkeypatch.setattr(amx, "granted", lambda: False)
 
@@ -30,6 +33,7 @@ def way(bits, n, missing=None, unphased=False):
     return numba_tiles.blocks(Sites(bits, n, missing, unphased))[0].way
 
 
+@needs_lookups
 def test_when_tiles_are_looked_up(looked_up, monkeypatch):
     bits = draw(40, 130)[1]
     assert way(bits, 130) == way(bits, 130, unphased=True) == numba_tiles.LOOKED_UP
@@ -40,6 +44,10 @@ def test_when_tiles_are_looked_up(looked_up, monkeypatch):
     wide = np.zeros((2, tile_lookups._LISTED_TO + 1), dtype=np.uint64)
     assert way(wide, 64 * wide.shape[1]) == numba_tiles.COUNTED
     assert way(wide[:, 1:].copy(), 64 * (wide.shape[1] - 1)) == numba_tiles.LOOKED_UP
+    monkeypatch.setattr(tile_lookups, "_LISTED_FROM", 4)
+    assert way(bits, 130) == numba_tiles.COUNTED  # three words
+    assert way(wide[:, :4].copy(), 256) == numba_tiles.LOOKED_UP
+    monkeypatch.setattr(tile_lookups, "_LISTED_FROM", 1)
     monkeypatch.setattr(tile_lookups, "WIDE", True)
     assert way(bits, 130) == numba_tiles.COUNTED
     monkeypatch.setattr(tile_lookups, "WIDE", False)
@@ -47,6 +55,7 @@ def test_when_tiles_are_looked_up(looked_up, monkeypatch):
     assert way(bits, 130) == numba_tiles.COUNTED
 
 
+@needs_lookups
 @pytest.mark.usefixtures("looked_up")
 @pytest.mark.parametrize("unphased", [False, True])
 @pytest.mark.parametrize("sites", [1, 33, 257, 1100])
@@ -62,6 +71,7 @@ def everything(rows, n):
     return (rng.random((rows, n)) < share).astype(np.uint8)
 
 
+@needs_lookups
 @pytest.mark.usefixtures("looked_up")
 @pytest.mark.parametrize("unphased", [False, True])
 @pytest.mark.parametrize("n", [2, 62, 64, 66, 6_142, 6_144, 6_146, 12_400, 18_600])
@@ -96,6 +106,7 @@ def test_sums_of_a_strip(n, unphased):
     assert room.sums[0, 15, 0] == -12345
 
 
+@needs_lookups
 @pytest.mark.usefixtures("looked_up")
 def test_what_is_asked_for_twice_and_from_another_strip():
     """Lists of a strip are kept from one look ahead to the next, and made anew for another strip."""
@@ -111,6 +122,7 @@ def test_what_is_asked_for_twice_and_from_another_strip():
             same(cell, wanted[32 * (i0 + i) :, 32 * (j0 + 3) :][:32, :32])
 
 
+@needs_lookups
 @pytest.mark.usefixtures("looked_up")
 @pytest.mark.parametrize("unphased", [False, True])
 def test_bits_beyond_the_last_haplotype_do_not_count(unphased):
@@ -123,6 +135,7 @@ def test_bits_beyond_the_last_haplotype_do_not_count(unphased):
     assert way(dirty, n, None, unphased) == numba_tiles.LOOKED_UP
 
 
+@needs_lookups
 @pytest.mark.parametrize("blocks", [1, 3, 4])
 def test_columns_from_blocks(blocks):
     """As from rows; what is beyond keeps what it had."""
@@ -136,3 +149,24 @@ def test_columns_from_blocks(blocks):
     lookups.fill_blocks(packed, 1, blocks, 2, 5, part)
     same(part[:48], wanted[32:80])
     assert (part[48:] == 255).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize("name", ["nehalem", "haswell"])
+def test_processors_without_and_with_a_byte_shuffle(name):
+    """What the processor lacks must not even be compiled."""
+    code = """
+import numpy as np
+from engine.kernels import bits, ld, nearest
+from engine.kernels.bits import lookups, tile_lookups
+alleles = (np.random.default_rng(1).random((70, 600)) < 0.3).astype(np.uint8)
+rows = bits.pack(alleles)
+for unphased in (False, True):
+    made, wanted = (ld.r2(rows, 600, unphased=unphased, implementation=which) for which in ("numba", "reference"))
+    np.testing.assert_array_equal(made, wanted)
+    ld.threshold(rows, 600, 0.2, unphased=unphased)
+np.testing.assert_array_equal(nearest.hamming_cross(rows, rows), (alleles[:, None] != alleles[None]).sum(axis=2))
+print(lookups.AVAILABLE, tile_lookups.preferred(rows.shape[1]))
+"""
+    wanted = "True True" if name == "haswell" else "False False"
+    assert run_python(code, 900, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="") == wanted

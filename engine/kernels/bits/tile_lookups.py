@@ -16,7 +16,7 @@ import numpy as np
 from engine.kernels.bits import lookups
 from engine.kernels.bits.tiles import BLOCK, WIDE, ctpop
 
-_LISTED_TO = 1024  # words of a row: 16 MiB for the lists of 256 rows
+_LISTED_FROM, _LISTED_TO = 8, 1024  # words of a row: shorter ones are counted sooner; 16 MiB for the lists of 256 rows
 _WORDS_AT_ONCE = 96  # 192 KiB of columns, which a second-level cache holds
 _BLOCKS = lookups.LANES // BLOCK
 
@@ -37,7 +37,7 @@ class Room(NamedTuple):
 
 def preferred(words: int) -> bool:
     """Whether rows of so many words are better looked up than counted."""
-    return lookups.AVAILABLE and not WIDE and 0 < words <= _LISTED_TO
+    return lookups.AVAILABLE and not WIDE and _LISTED_FROM <= words <= _LISTED_TO
 
 
 @numba.njit(cache=True, nogil=True)
@@ -66,7 +66,7 @@ def ones(packed: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def look_up(
+def _look_up(
     dosages: bool,
     n: int,
     packed: np.ndarray,
@@ -143,3 +143,24 @@ def _restore(
         of_j, fixed = -sign, np.int32(-sign * n - sx)
     for c in range(BLOCK):
         sums[c] = sign * found[c] + of_j * np.int32(sum_j[c]) + fixed
+
+
+@numba.njit(cache=True, nogil=True)
+def _not_here(
+    dosages: bool,
+    n: int,
+    packed: np.ndarray,
+    sum_l: np.ndarray,
+    i0: int,
+    other: np.ndarray,
+    other_sum_l: np.ndarray,
+    j0: int,
+    j1: int,
+    reach: np.ndarray,
+    room: Room,
+    sums: np.ndarray,
+) -> None:
+    """In place of `_look_up` where its instructions cannot be compiled; nobody calls it."""
+
+
+look_up = _look_up if lookups.AVAILABLE else _not_here
