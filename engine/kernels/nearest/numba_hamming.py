@@ -248,7 +248,7 @@ def _new_room(query: Packed) -> _Room:
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def _look_ahead(
     query: Packed, i0: int, i1: int, database: Packed, j0: int, j1: int, diagonal: bool, room: _Room
 ) -> None:
@@ -264,7 +264,7 @@ def _look_ahead(
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def _ranks(query: Packed, i: int, i0: int, database: Packed, j: int, j0: int, observed: bool, room: _Room) -> None:
     """room.rank: what pairs are ordered by, after `_look_ahead` from (i0, j0). That is the distance or, where `observed`, the
     bits of float32(distance / (2 sites)), which rise with it, or _FAR where no site is shared; room.counts and room.sites are
