@@ -315,11 +315,11 @@ def fill_blocks(packed: np.ndarray, block: int, blocks: int, begin: int, end: in
 def fill_columns(bits_lw: np.ndarray, member: np.ndarray, columns: np.ndarray) -> None:
     """columns uint8 (16 W, 128), of one group: nibbles of up to 128 rows of bits_lw, those that `member` names, in this order.
 
-    Columns after the last vector that is begun keep what they had; in it they are zero.
+    columns: a group that `new_columns` made. Those after the last vector that is begun keep what they had; in it they are zero.
     """
     count, words = len(member), bits_lw.shape[1]
     vectors = (count + VECTOR - 1) // VECTOR * VECTOR
-    line, octet = np.zeros((8, LANES), dtype=np.uint64), np.empty(LANES, dtype=np.uint8)
+    line, flat = np.zeros((8, LANES), dtype=np.uint64), columns.reshape(-1)
     for begin in range(0, words, 8):  # a cache line of each row, whatever the distance of the rows is
         end = min(words, begin + 8)
         for c in range(count):
@@ -327,14 +327,8 @@ def fill_columns(bits_lw: np.ndarray, member: np.ndarray, columns: np.ndarray) -
             for w in range(begin, end):
                 line[w - begin, c] = row[w]
         for w in range(begin, end):
-            source = line[w - begin]
-            for k in range(8):
-                low, high = columns[16 * w + 2 * k], columns[16 * w + 2 * k + 1]
-                for c in range(vectors):
-                    octet[c] = np.uint8((source[c] >> np.uint64(8 * k)) & np.uint64(255))
-                for c in range(vectors):
-                    low[c] = octet[c] & np.uint8(15)
-                    high[c] = octet[c] >> np.uint8(4)
+            for c in range(0, vectors, VECTOR):
+                _spread(line, (w - begin) * LANES + c, flat, 16 * w * LANES + c)  # type: ignore[call-arg]
 
 
 @numba.njit(cache=True, nogil=True)

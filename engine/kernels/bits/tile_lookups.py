@@ -8,13 +8,13 @@ by places. The counts are those of `tiles.and_tile` and `tiles.dot_tile`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from engine.kernels.bits import lookups
-from engine.kernels.bits.tiles import BLOCK, WIDE, ctpop
+from engine.kernels.bits.tiles import BLOCK, WIDE
 
 _LISTED_FROM, _LISTED_TO = 8, 1024  # words of a row: shorter ones are counted sooner; 16 MiB for the lists of 256 rows
 _WORDS_AT_ONCE = 96  # 192 KiB of columns, which a second-level cache holds
@@ -52,17 +52,6 @@ def new_room(blocks: int, words: int) -> Room:
         lookups.new_columns(min(blocks, 1), min(words, _WORDS_AT_ONCE)),
         np.empty((rows, lookups.LANES), dtype=np.int32),
     )
-
-
-@numba.njit(cache=True, nogil=True)
-def ones(packed: np.ndarray) -> np.ndarray:
-    """float64 (blocks * 32,): ones of each row."""
-    found_l = np.zeros(packed.shape[0] * BLOCK)
-    for block in range(packed.shape[0]):
-        for w in range(packed.shape[1]):
-            for r in range(BLOCK):
-                found_l[block * BLOCK + r] += np.float64(ctpop(packed[block, w, r]))  # type: ignore[call-arg]
-    return found_l
 
 
 @numba.njit(cache=True, nogil=True)
@@ -146,20 +135,7 @@ def _restore(
 
 
 @numba.njit(cache=True, nogil=True)
-def _not_here(
-    dosages: bool,
-    n: int,
-    packed: np.ndarray,
-    sum_l: np.ndarray,
-    i0: int,
-    other: np.ndarray,
-    other_sum_l: np.ndarray,
-    j0: int,
-    j1: int,
-    reach: np.ndarray,
-    room: Room,
-    sums: np.ndarray,
-) -> None:
+def _not_here(*_: Any) -> None:
     """In place of `_look_up` where its instructions cannot be compiled; nobody calls it."""
 
 

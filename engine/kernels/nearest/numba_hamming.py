@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from engine.kernels import bits
 from engine.kernels.bits import tile_lookups
 from engine.kernels.bits.tiles import BLOCK, and_tile, interleaved, observed_tile, xor_tile
 from engine.kernels.nearest.rows import (  # fmt: skip
@@ -153,8 +154,10 @@ def _genotypes(query: Planes, database: Planes, length: int) -> tuple[_Set, _Set
 
 
 def _packed(bits_nw: np.ndarray) -> Packed:
-    packed = interleaved(bits_nw)
-    ones_l = tile_lookups.ones(packed) if tile_lookups.preferred(bits_nw.shape[1]) else np.empty(0)
+    packed, ones_l = interleaved(bits_nw), np.empty(0)
+    if tile_lookups.preferred(bits_nw.shape[1]):
+        ones_l = np.zeros(len(packed) * BLOCK)
+        ones_l[: len(bits_nw)] = bits.popcount_rows(bits_nw, implementation="numba")
     return Packed(packed, packed, packed, ones_l)
 
 
@@ -197,8 +200,7 @@ def _topk(
     both_nk = np.full(rank_nk.shape if observed else (query.length, 0), -1, dtype=np.int64)
     for part in tiles(query.length, query.row_bytes, _QUERY_BYTES, BLOCK):
         packed, n = query.read(part), part.stop - part.start
-        strips = -(-len(packed.one) // _strip(packed))
-        parts = max(1, min(-(-database.length // BLOCK), -(-4 * numba.get_num_threads() // strips)))
+        parts = max(1, min(-(-database.length // BLOCK), -(-4 * numba.get_num_threads() // _strips(packed))))
         rank, index = np.full((n, parts, k), _FAR, dtype=np.int32), np.full((n, parts, k), -1, dtype=np.int64)
         both = np.full(rank.shape if observed else (n, parts, 0), -1, dtype=np.int64)
         for tile in tiles(database.length, database.row_bytes, _DATABASE_BYTES, BLOCK):
@@ -228,7 +230,7 @@ def _range(
             def block(i: int, given: tuple = (packed, other, observed, n, m, shift, *group)) -> tuple[np.ndarray, ...]:
                 return _range_rows(*given, limit, i)  # type: ignore[call-arg]
 
-            for row, index, distance, sites in in_threads(block, -(-len(packed.one) // _strip(packed))):
+            for row, index, distance, sites in in_threads(block, _strips(packed)):
                 found.append((row + part.start, index + tile.start, distance, sites if observed else sites + length))
     return csr(query.length, found)  # type: ignore[return-value]
 
@@ -237,6 +239,12 @@ def _range(
 def _strip(query: Packed) -> int:
     """Blocks of queries of a task."""
     return _STRIP if len(query.ones_l) else 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _strips(query: Packed) -> int:
+    """Tasks."""
+    return (query.one.shape[0] + _strip(query) - 1) // _strip(query)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -330,7 +338,7 @@ def _place(tile: np.ndarray, out: np.ndarray, i: int, j: int, both: bool) -> Non
 def _cross_tile(
     query: Packed, database: Packed, observed: bool, out: np.ndarray, sites_nm: np.ndarray, diagonal: bool
 ) -> None:
-    strips = (query.one.shape[0] + _strip(query) - 1) // _strip(query)
+    strips = _strips(query)
     for h in numba.prange((strips + 1) // 2):  # a long strip and a short one: on the diagonal their work is even
         _cross_rows(query, database, observed, out, sites_nm, diagonal, h)
         if h != strips - 1 - h:
@@ -398,8 +406,7 @@ def _topk_tile(
     both_npk: np.ndarray,
 ) -> None:
     parts = rank_npk.shape[1]
-    strips = (query.one.shape[0] + _strip(query) - 1) // _strip(query)
-    for job in numba.prange(strips * parts):
+    for job in numba.prange(_strips(query) * parts):
         _topk_rows(
             query, database, observed, members, shift, query_group, database_group, first, rank_npk, index_npk, both_npk,
             job // parts, job % parts,
